@@ -1,0 +1,72 @@
+"""Find, mix, prove and publish LoRA adapters.
+
+    import lorahub_registry as lr
+
+    lr.search(base="mistral-7b", skill="code")
+    lr.pull("uukuguy/speechless-multi-loras-r64")
+    mixture = lr.compose("recipe.yaml")
+    print(mixture.verdict)
+    lr.load(mixture.path).generate("Once upon a time")
+    lr.push(mixture.path, "me/my-mixture")
+
+Importing this is cheap: what needs torch or the Hub's client imports it when it is called.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from lorahub_registry.api.find import pull, search, sync
+    from lorahub_registry.api.index import add
+    from lorahub_registry.api.mix import Mixture, compose
+    from lorahub_registry.api.publish import card, push
+    from lorahub_registry.api.talk import Loaded, load
+    from lorahub_registry.errors import LoraregError
+    from lorahub_registry.registry.store import Registry
+
+__all__ = [
+    "Loaded",
+    "LoraregError",
+    "Mixture",
+    "Registry",
+    "add",
+    "card",
+    "compose",
+    "load",
+    "pull",
+    "push",
+    "search",
+    "sync",
+]
+
+_WHERE = {
+    "Loaded": "api.talk",
+    "LoraregError": "errors",
+    "Mixture": "api.mix",
+    "Registry": "registry.store",
+    "add": "api.index",
+    "card": "api.publish",
+    "compose": "api.mix",
+    "load": "api.talk",
+    "pull": "api.find",
+    "push": "api.publish",
+    "search": "api.find",
+    "sync": "api.find",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for, when it is asked for."""
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
