@@ -1,0 +1,99 @@
+"""A base model as files: the shapes of its weights and what identifies it, without loading it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lorahub_registry.adapters.bases import infer_base
+from lorahub_registry.adapters.tensors import content_digest, read_header
+from lorahub_registry.errors import BaseModelError
+from lorahub_registry.progress import Progress, silent
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """What is known of a base before it is loaded.
+
+    Attributes:
+        name: a Hub id, or what a folder's name says.
+        shapes: tensor name → shape, as stored.
+        digest: over all its tensors; None until :func:`base_digest` was asked.
+    """
+
+    name: str
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    revision: str | None = None
+    digest: str | None = None
+
+    def shape_of(self, module: str) -> tuple[int, ...] | None:
+        """Shape of ``module``'s weight; None where the checkpoint calls it something else.
+
+        A checkpoint may leave out the head's prefix (gpt2 stores ``h.0…`` for
+        ``transformer.h.0…``), so leading parts are dropped until a name fits.
+        """
+        parts = module.split(".")
+        for start in range(min(3, len(parts))):
+            shape = self.shapes.get(".".join([*parts[start:], "weight"]))
+            if shape is not None:
+                return shape
+        return None
+
+
+def read_base(folder: Path, *, name: str | None = None, revision: str | None = None) -> BaseFacts:
+    """Facts of the model in ``folder``.
+
+    Raises:
+        BaseModelError: no model there.
+    """
+    if not (folder / "config.json").is_file():
+        raise BaseModelError(
+            f"{folder}: no config.json there, so no base model",
+            hint="give the folder that save_pretrained wrote, or a Hub id",
+        )
+    shapes = {
+        tensor.name: tensor.shape
+        for file in weight_files(folder)
+        for tensor in read_header(file).tensors.values()
+    }
+    return BaseFacts(name or _name(folder), shapes, revision)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The model's safetensors, sorted; empty where it has none (a ``.bin`` is never read)."""
+    index = folder / _INDEX
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BaseModelError(f"{index}: cannot be read ({error})") from None
+        files = [folder / Path(str(name)).name for name in sorted(names)]
+    else:
+        files = [folder / _SINGLE] if (folder / _SINGLE).is_file() else []
+    if missing := [f for f in files if not f.is_file()]:
+        raise BaseModelError(f"{missing[0]}: a shard that the index names is not there")
+    return files
+
+
+def base_digest(folder: Path, *, progress: Progress = silent) -> str:
+    """SHA-256 (hex) over the content digests of the model's files: its identity as tensors."""
+    digest = hashlib.sha256()
+    for file in weight_files(folder):
+        digest.update(content_digest(file, read_header(file), progress=progress).encode())
+    return digest.hexdigest()
+
+
+def _name(folder: Path) -> str:
+    """A folder's name where it names a model, else what its config remembers, else the path."""
+    name, _ = infer_base(str(folder.resolve()))
+    try:
+        remembered = json.loads((folder / "config.json").read_text("utf-8")).get("_name_or_path")
+    except (ValueError, AttributeError):
+        remembered = None
+    return name or (remembered if isinstance(remembered, str) else "") or folder.name

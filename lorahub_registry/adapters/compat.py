@@ -1,0 +1,168 @@
+"""What fits together, decided from files alone, before any model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorahub_registry.adapters.base_files import BaseFacts
+from lorahub_registry.adapters.bases import BaseName
+from lorahub_registry.adapters.facts import AdapterFacts
+from lorahub_registry.errors import IncompatibleAdapters
+
+_WHY = {
+    "use_dora": "DoRA scales the whole weight, which no sum of low-rank deltas expresses",
+    "modules_to_save": "it replaces whole modules (modules_to_save)",
+    "enable_lora": "it is a merged LoRA of PEFT before 0.3 (enable_lora)",
+}
+
+
+@dataclass(frozen=True)
+class Member:
+    """One adapter of a mixture, found and pinned.
+
+    Attributes:
+        name: what coefficients, tables and cards call it.
+        key: what the registry calls it; may be a path, so it is never published.
+        ref: what was asked for, pinned; never a path of this machine.
+        folder: where its files are.
+        base: the base it sits on, by name; None where nothing tells.
+        base_digest: of the very base it was made for, where that was recorded.
+        coefficient: given by the recipe; None where it is to be learned.
+    """
+
+    name: str
+    key: str
+    ref: str
+    folder: Path
+    facts: AdapterFacts
+    base: str | None
+    base_digest: str | None = None
+    digest: str | None = None
+    coefficient: float | None = None
+    license: str | None = None
+    revision: str = ""
+    adapter_id: int | None = None
+
+
+def check_sum(members: Sequence[Member]) -> None:
+    """Whether a weighted sum of deltas expresses every member exactly.
+
+    Raises:
+        IncompatibleAdapters: names the first that does not fit, and why.
+    """
+    for member in members:
+        config = member.facts.config
+        if member.facts.weights == "pickle":
+            raise IncompatibleAdapters(
+                f"{member.name}: its weights are a pickle ({member.ref}), which is never loaded",
+                hint=f"lorareg convert {member.ref}",
+            )
+        if member.facts.weights == "none":
+            raise IncompatibleAdapters(f"{member.name}: it has no weights ({member.ref})")
+        if config.peft_type != "LORA":
+            raise IncompatibleAdapters(
+                f"{member.name}: it is {config.peft_type}, and only LoRA adapters can be summed"
+            )
+        if config.unsupported:
+            feature = config.unsupported[0]
+            raise IncompatibleAdapters(
+                f"{member.name}: {_WHY.get(feature, f'it uses {feature}')}; a sum would be wrong",
+                hint="leave it out, or merge it into the base first",
+            )
+        kinds = {m.kind: m.name for m in member.facts.modules}
+        if odd := kinds.keys() - {"linear"}:
+            kind = sorted(odd)[0]
+            raise IncompatibleAdapters(f"{member.name}: {kinds[kind]} is {kind} LoRA, not linear")
+        if member.facts.other_tensors:
+            raise IncompatibleAdapters(
+                f"{member.name}: holds {member.facts.other_tensors[0]}, which no sum of deltas "
+                "expresses"
+            )
+
+
+def check_factors(members: Sequence[Member]) -> None:
+    """Whether LoraHub's factor-wise product is defined: one rank, scaling and target set.
+
+    Raises:
+        IncompatibleAdapters: names two members and what differs.
+    """
+    first = members[0]
+    modules = {m.name: m for m in first.facts.modules}
+    for other in members[1:]:
+        theirs = {m.name: m for m in other.facts.modules}
+        differs = None
+        if theirs.keys() != modules.keys():
+            odd = sorted(theirs.keys() ^ modules.keys())[0]
+            differs = f"only one of them adapts {odd}"
+        else:
+            for name, module in modules.items():
+                if module.rank != theirs[name].rank:
+                    differs = f"{name} has rank {module.rank} and {theirs[name].rank}"
+                elif abs(module.scaling - theirs[name].scaling) > 1e-9:
+                    differs = f"{name} is scaled by {module.scaling:g} and {theirs[name].scaling:g}"
+                if differs:
+                    break
+        if differs:
+            raise IncompatibleAdapters(
+                f"{first.name} and {other.name} cannot be multiplied factor by factor: {differs}",
+                hint="use method: {type: learn}, the exact sum, which takes any ranks and targets",
+            )
+
+
+def check_base(members: Sequence[Member], base: BaseFacts, *, allow: bool = False) -> list[str]:
+    """Whether every member was made for ``base``: by digest, else by name and shapes.
+
+    Args:
+        allow: names and digests may differ (``allow_base: true``); shapes never.
+
+    Returns:
+        What ``allow`` let pass, one sentence each.
+
+    Raises:
+        IncompatibleAdapters: names the adapter and both bases.
+    """
+    passed = []
+    for member in members:
+        problem = _identity(member, base)
+        if problem and not allow:
+            raise IncompatibleAdapters(
+                problem,
+                hint=f"if you know that it is right: lorareg add {member.key} --base {base.name}, "
+                "or allow_base: true in the recipe (the card will say so)",
+            )
+        if problem:
+            passed.append(problem)
+        _shapes(member, base)
+    return passed
+
+
+def _identity(member: Member, base: BaseFacts) -> str | None:
+    if member.base_digest and base.digest:
+        if member.base_digest == base.digest:
+            return None
+        return (
+            f"{member.name} was made for other weights than {base.name}: the digest recorded "
+            f"with it is {member.base_digest[:12]}, this base's is {base.digest[:12]}"
+        )
+    if member.base is None:
+        return f"{member.name} does not say which base it was made for"
+    if BaseName.parse(member.base).same_model(BaseName.parse(base.name)):
+        return None
+    return f"{member.name} was made for {member.base}, not for {base.name}"
+
+
+def _shapes(member: Member, base: BaseFacts) -> None:
+    for module in member.facts.modules:
+        shape = base.shape_of(module.name)
+        # Packed 4- and 8-bit weights are flat or hold several numbers a byte: no shape to compare.
+        if shape is None or len(shape) != 2 or shape[1] == 1:
+            continue
+        if sorted(shape) != sorted((module.fan_out, module.fan_in)):
+            raise IncompatibleAdapters(
+                f"{member.name} does not fit {base.name}: {module.name} is "
+                f"{module.fan_out}x{module.fan_in} in the adapter and {shape[0]}x{shape[1]} in "
+                "the base",
+                hint="the adapter was made for another base",
+            )

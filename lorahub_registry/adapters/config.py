@@ -1,0 +1,241 @@
+"""``adapter_config.json`` of every age of PEFT, read as untrusted data.
+
+Other tools write files of the same name. They are refused by the name of their format
+(:class:`ForeignFormat`); damaged or hostile values by what is wrong (:class:`BrokenAdapter`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorahub_registry.errors import BrokenAdapter, ForeignFormat
+
+CONFIG_NAME = "adapter_config.json"
+MAX_CONFIG_BYTES = 1 << 20
+MAX_RANK = 1 << 16
+
+# A repeated group, as in (a+)+, is what makes a regular expression take for ever; so do many
+# unbounded repeats in a row. PEFT's own patterns need neither.
+_REPEATED_GROUP = re.compile(r"\)\s*[*+{?]")
+_UNBOUNDED = re.compile(r"(?<!\\)[*+]|\{\d*,\}?")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What an ``adapter_config.json`` says, checked, with PEFT's names.
+
+    Attributes:
+        peft_type: upper case, ``LORA`` for nearly all.
+        r: the default rank; None for kinds that have none.
+        targets: module names; empty where they are a regular expression or left to PEFT.
+        target_regex: where ``target_modules`` is one string; kept, never run.
+        unsupported: features that change the arithmetic and are on, by name (``use_dora``…).
+        raw: the whole file.
+    """
+
+    peft_type: str
+    task_type: str | None = None
+    base: str | None = None
+    base_revision: str | None = None
+    r: int | None = None
+    lora_alpha: float | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    targets: tuple[str, ...] = ()
+    target_regex: str | None = None
+    modules_to_save: tuple[str, ...] = ()
+    unsupported: tuple[str, ...] = ()
+    raw: Mapping[str, Any] = field(default_factory=dict)
+
+    def rank_of(self, module: str) -> int | None:
+        """The rank that the config gives ``module`` (its dotted name in the base)."""
+        return self.rank_pattern.get(_pattern(self.rank_pattern, module), self.r)
+
+    def alpha_of(self, module: str) -> float:
+        """The alpha that the config gives ``module``."""
+        alpha = self.alpha_pattern.get(_pattern(self.alpha_pattern, module), self.lora_alpha)
+        return 1.0 if alpha is None else float(alpha)
+
+    def scaling_of(self, module: str, rank: int) -> float:
+        """What the product B·A is multiplied by: α/r, or α/√r with rsLoRA (arXiv:2312.03732)."""
+        return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def parse_config(data: bytes | str, *, where: str) -> AdapterConfig:
+    """Read an ``adapter_config.json``.
+
+    Args:
+        data: the file's content.
+        where: which file, for messages.
+
+    Raises:
+        ForeignFormat: some other tool's file; the message names which.
+        BrokenAdapter: not JSON, or a value that no PEFT could have meant.
+    """
+    if len(data) > MAX_CONFIG_BYTES:
+        raise BrokenAdapter(f"{where}: larger than {MAX_CONFIG_BYTES} bytes, no adapter's config")
+    try:
+        raw = json.loads(data, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise BrokenAdapter(f"{where}: not valid JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise BrokenAdapter(f"{where}: holds a {type(raw).__name__}, not an object")
+    if not isinstance(raw.get("peft_type"), str):
+        raise ForeignFormat(f"{where}: {_foreign(raw)}", hint="lorareg takes PEFT adapters")
+    try:
+        return _checked(raw)
+    except ValueError as error:
+        raise BrokenAdapter(f"{where}: {error}") from None
+
+
+def _checked(raw: dict[str, Any]) -> AdapterConfig:
+    targets, regex = _targets(raw.get("target_modules"))
+    return AdapterConfig(
+        peft_type=raw["peft_type"].upper().rpartition(".")[2],
+        task_type=_text(raw, "task_type"),
+        base=_text(raw, "base_model_name_or_path"),
+        base_revision=_text(raw, "revision"),
+        r=_rank("r", raw.get("r")),
+        lora_alpha=_number("lora_alpha", raw.get("lora_alpha")),
+        rank_pattern={k: _rank(k, v) or 1 for k, v in _patterns(raw, "rank_pattern")},
+        alpha_pattern={k: _number(k, v) or 0.0 for k, v in _patterns(raw, "alpha_pattern")},
+        use_rslora=_flag(raw, "use_rslora"),
+        use_dora=_flag(raw, "use_dora"),
+        fan_in_fan_out=_flag(raw, "fan_in_fan_out"),
+        bias=_text(raw, "bias") or "none",
+        targets=targets,
+        target_regex=regex,
+        modules_to_save=_names(raw.get("modules_to_save"), "modules_to_save"),
+        unsupported=_unsupported(raw),
+        raw=raw,
+    )
+
+
+def _unsupported(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    """The features that are on and that a sum of low-rank deltas does not express."""
+    on = [
+        key
+        for key in ("use_dora", "use_qalora", "lora_bias", "use_bdlora", "velora_config",
+                    "layer_replication", "trainable_token_indices", "target_parameters",
+                    "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config")
+        if raw.get(key)
+    ]  # fmt: skip
+    enabled = raw.get("enable_lora")
+    if isinstance(enabled, list):
+        on.append("enable_lora")
+    init = raw.get("init_lora_weights")
+    # These start from the base's own weights and change the base; their files only fit that one.
+    # save_pretrained(path_initial_model_for_weight_conversion=…) resets the key to true.
+    if isinstance(init, str) and re.match(r"pissa|olora|corda|lora_ga|loftq", init.lower()):
+        on.append(f"init_lora_weights={init}")
+    if str(raw.get("bias") or "none") != "none":
+        on.append(f"bias={raw['bias']}")
+    if raw.get("modules_to_save"):
+        on.append("modules_to_save")
+    return tuple(on)
+
+
+def _foreign(raw: Mapping[str, Any]) -> str:
+    """Whose file it is, in words."""
+    if "lora_parameters" in raw or "fine_tune_type" in raw or "adapter_path" in raw:
+        return "an MLX (mlx-lm) adapter, not PEFT's"
+    if "config" in raw and ("model_class" in raw or "model_name" in raw):
+        return "an adapter of AdapterHub's 'adapters' library, not PEFT's"
+    if "unet" in raw or "_class_name" in raw:
+        return "a diffusers file, not PEFT's"
+    keys = ", ".join(repr(k) for k in list(raw)[:4]) or "nothing"
+    return f"not a PEFT adapter's config: no 'peft_type' (it has {keys})"
+
+
+def _targets(value: Any) -> tuple[tuple[str, ...], str | None]:
+    if isinstance(value, str):
+        # One plain name is a list of one for PEFT's users; anything else is a regular expression.
+        return ((value,), None) if re.fullmatch(r"[\w.-]+", value) else ((), value)
+    if isinstance(value, dict):  # MixLoRA writes {"q_proj": true, …}
+        return tuple(sorted(k for k, on in value.items() if on)), None
+    return _names(value, "target_modules"), None
+
+
+def _names(value: Any, key: str) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+        raise ValueError(f"{key} is {_short(value)}, not a list of names")
+    return tuple(sorted(set(value)))
+
+
+def _patterns(raw: Mapping[str, Any], key: str) -> list[tuple[str, Any]]:
+    value = raw.get(key) or {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{key} is {_short(value)}, not an object")
+    for pattern in value:
+        if (
+            len(pattern) > 256
+            or _REPEATED_GROUP.search(pattern)
+            or len(_UNBOUNDED.findall(pattern)) > 3
+        ):
+            raise ValueError(f"{key} holds {_short(pattern)}, a pattern that may never end")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{key} holds {_short(pattern)}: {error}") from None
+    return list(value.items())
+
+
+def _pattern(patterns: Mapping[str, Any], module: str) -> str:
+    """The first pattern that matches the end of ``module``, by PEFT's own rule."""
+    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", module)), module)
+
+
+def _rank(key: str, value: Any) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
+        raise ValueError(f"{key} is {_short(value)}, not a whole number")
+    if not 1 <= value <= MAX_RANK:
+        raise ValueError(f"{key} is {_short(value)}, not a rank between 1 and {MAX_RANK}")
+    return int(value)
+
+
+def _number(key: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e9:
+        raise ValueError(f"{key} is {_short(value)}, not a number lorareg can use")
+    return float(value)
+
+
+def _flag(raw: Mapping[str, Any], key: str) -> bool:
+    value = raw.get(key)
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    raise ValueError(f"{key} is {_short(value)}, neither true nor false")
+
+
+def _text(raw: Mapping[str, Any], key: str) -> str | None:
+    value = raw.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, str) or len(value) > 4096 or "\0" in value:
+        raise ValueError(f"{key} is {_short(value)}, not a name")
+    return value.strip() or None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number")
