@@ -1,0 +1,1 @@
+"""The methods, from given ratios to learned ones, and the proof of what they made."""

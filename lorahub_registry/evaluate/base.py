@@ -1,0 +1,142 @@
+"""The base model, loaded once, with what identifies it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from lorahub_registry.errors import BaseModelError
+from lorahub_registry.evaluate.quiet import without_bars
+from lorahub_registry.weights.files import DTYPES
+
+
+@dataclass
+class LoadedBase:
+    """A base ready to score and to generate.
+
+    Attributes:
+        name: as it is written into configs and cards: a Hub id, or a folder's last part.
+        revision: the pinned commit of a Hub id.
+        seq2seq: encoder–decoder, else causal.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    revision: str | None = None
+
+    @property
+    def seq2seq(self) -> bool:
+        """Whether outputs are decoded apart from the prompt."""
+        return bool(getattr(self.model.config, "is_encoder_decoder", False))
+
+    @property
+    def task_type(self) -> str:
+        """PEFT's name for what the model does."""
+        return "SEQ_2_SEQ_LM" if self.seq2seq else "CAUSAL_LM"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs have to be."""
+        return next(self.model.parameters()).device
+
+    @property
+    def exact_dtype(self) -> bool:
+        """Whether the weights are float32, so that a small delta added to them is not lost."""
+        return next(self.model.parameters()).dtype == torch.float32
+
+    def linear_modules(self) -> dict[str, nn.Module]:
+        """The modules that a LoRA may sit on, by dotted name: Linear and gpt2's Conv1D."""
+        return {name: m for name, m in self.model.named_modules() if is_linear(m)}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether ``module`` multiplies its input by one matrix (quantised ones too)."""
+    return isinstance(module, nn.Linear) or (
+        hasattr(module, "weight")
+        and type(module).__name__ in {"Conv1D", "Linear4bit", "Linear8bitLt"}
+    )
+
+
+def load_base(
+    location: str | Path,
+    *,
+    name: str,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> LoadedBase:
+    """Load a base from a local folder (a Hub id's pinned snapshot is one, too).
+
+    Args:
+        device: ``auto`` (cuda, then mps, then cpu) or a device's name.
+        dtype: ``auto`` (the checkpoint's own) or one of ``weights.files.DTYPES``.
+
+    Raises:
+        BaseModelError: not a model, a kind that neither continues nor answers text, or one that
+            would need its own code (never run).
+    """
+    place = pick_device(device)
+    try:
+        config = transformers.AutoConfig.from_pretrained(location, trust_remote_code=False)
+        kind = (
+            transformers.AutoModelForSeq2SeqLM
+            if getattr(config, "is_encoder_decoder", False)
+            else transformers.AutoModelForCausalLM
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+        with without_bars():
+            model = kind.from_pretrained(
+                location,
+                dtype="auto" if dtype == "auto" else DTYPES[dtype],
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BaseModelError(
+            f"the base {name} cannot be loaded: {first}",
+            hint="lorareg takes causal and seq2seq language models whose folder holds config.json, "
+            "safetensors and a tokenizer, and that need no code of their own",
+        ) from error
+    return adopt(model.to(place), tokenizer, name=name, revision=revision)
+
+
+def adopt(model: Any, tokenizer: Any, *, name: str, revision: str | None = None) -> LoadedBase:
+    """Take loaded objects as the base; the model is put into evaluation mode, without gradients."""
+    if hasattr(model, "peft_config"):
+        raise BaseModelError(
+            "the model carries PEFT adapters already",
+            hint="pass the plain base: adapters are read from their files",
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    model.eval()
+    model.requires_grad_(False)
+    return LoadedBase(model, tokenizer, name, revision)
+
+
+def pick_device(device: str) -> str:
+    """``auto`` resolved, and a device that is not there refused.
+
+    Raises:
+        BaseModelError: no such device on this machine.
+    """
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if device == "auto":
+        return next(name for name, present in there.items() if present)
+    if not there.get(device.split(":")[0], False):
+        raise BaseModelError(
+            f"device {device!r} is not on this machine",
+            hint=f"use one of: auto, {', '.join(n for n, present in there.items() if present)}",
+        )
+    return device

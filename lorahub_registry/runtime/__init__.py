@@ -1,0 +1,1 @@
+"""The operator that applies a mixture inside a loaded model."""

@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: low-rank deltas and their exact algebra."""
