@@ -1,0 +1,241 @@
+"""Compose: from a recipe to a written, proven, registered (and published) mixture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorahub_registry.adapters.compat import Member
+from lorahub_registry.api.output import new_folder
+from lorahub_registry.api.prepare import Prepared, agreed_license, pinned_recipe, prepare
+from lorahub_registry.card import RECIPE_NAME, RESULTS_NAME, write_card
+from lorahub_registry.errors import LoraregError
+from lorahub_registry.lock import LOCK_NAME
+from lorahub_registry.progress import Progress, silent
+from lorahub_registry.recipes import Recipe, RecipeFile, to_yaml
+from lorahub_registry.refs import AdapterRef
+from lorahub_registry.registry.index import card_beside, record_of_folder
+from lorahub_registry.registry.records import (
+    BaseRecord,
+    MemberRecord,
+    MixtureRecord,
+    ScoreRecord,
+    StoredAdapter,
+)
+from lorahub_registry.registry.store import Registry
+
+if TYPE_CHECKING:
+    from lorahub_registry.compose.run import Composition
+    from lorahub_registry.evaluate.base import LoadedBase
+
+_PLAIN_STEMS = frozenset({"test", "heldout", "held_out", "held-out", "eval", "valid", "data"})
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What :func:`compose` made.
+
+    Attributes:
+        path: the mixture's folder, loadable by stock PEFT.
+        results: what ``results.json`` holds: coefficients, scores, verdict, versions.
+        url: where it was published; None where it was not.
+    """
+
+    name: str
+    path: Path
+    results: dict[str, Any]
+    stored: StoredAdapter
+    url: str | None = None
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """By adapter name, in the recipe's order."""
+        return {m["name"]: m["coefficient"] for m in self.results["members"]}
+
+    @property
+    def verdict(self) -> str | None:
+        """Whether it helps, in words; None where nothing was measured."""
+        found = self.results.get("verdict")
+        return found["text"] if found else None
+
+
+def compose(
+    recipe: str | Path | Mapping[str, Any] | RecipeFile,
+    *,
+    registry: Registry | None = None,
+    base: tuple[Any, Any] | None = None,
+    push: bool = True,
+    force: bool = False,
+    lock: Path | None = None,
+    progress: Progress = silent,
+) -> Mixture:
+    """Run a recipe.
+
+    Args:
+        recipe: a file, plain data, or one read already.
+        registry: where adapters are known and the mixture is entered; None: the default one.
+        base: (model, tokenizer) already loaded, in place of the recipe's own loading.
+        push: publish where the recipe says so.
+        force: replace a mixture that stands at the output's place.
+        lock: a ``lorareg.lock`` that everything must agree with.
+
+    Raises:
+        LoraregError: what went wrong; nothing was written then.
+    """
+    if registry is None:
+        with Registry(progress=progress) as opened:
+            return compose(
+                recipe, registry=opened, base=base, push=push, force=force, lock=lock,
+                progress=progress,
+            )  # fmt: skip
+    ready = prepare(recipe, registry=registry, base=base, force=force, lock=lock, progress=progress)
+    with progress.task(f"Loading {ready.base.facts.name}"):
+        loaded = _loaded(ready, base)
+    with new_folder(ready.out, force=force) as folder:
+        from lorahub_registry.compose import run
+        from lorahub_registry.evaluate.quiet import threads_for
+
+        rows = run.Rows(ready.train, ready.test)
+        with threads_for(loaded.model):
+            made = run.compose(ready.recipe, ready.members, loaded, rows, folder, progress=progress)
+        results = _results(ready, loaded, made)
+        _write_papers(folder, ready, results)
+    stored = _enter(ready, results, registry)
+    url = _publish(ready, progress) if ready.recipe.publish and push else None
+    return Mixture(ready.recipe.name, ready.out, results, stored, url)
+
+
+def _loaded(ready: Prepared, base: tuple[Any, Any] | None) -> LoadedBase:
+    from lorahub_registry.evaluate.base import adopt, load_base
+
+    facts, recipe = ready.base.facts, ready.recipe
+    if base:
+        return adopt(*base, name=facts.name, revision=facts.revision)
+    assert ready.base.folder is not None
+    return load_base(
+        ready.base.folder,
+        name=facts.name,
+        revision=facts.revision,
+        device=recipe.device,
+        dtype=recipe.dtype,
+    )
+
+
+def _results(ready: Prepared, loaded: LoadedBase, made: Composition) -> dict[str, Any]:
+    from lorahub_registry.compose.run import results
+
+    recipe = ready.recipe
+    found = results(recipe, ready.members, loaded, made)
+    found["base"]["digest"] = ready.base.facts.digest
+    found["notes"] += [f"allow_base: {note}" for note in ready.notes]
+    found["license"] = agreed_license(recipe, ready.members)
+    found["task"] = _task(recipe)
+    found["datasets"] = sorted({d for m in ready.members for d in _datasets(m)})
+    return found
+
+
+def _datasets(member: Member) -> list[str]:
+    """The Hub datasets that the adapter's card names."""
+    found = []
+    for name in card_beside(member.folder).datasets:
+        try:
+            ref = AdapterRef.parse(name)
+        except LoraregError:
+            continue  # a title in words, which the Hub would refuse as an id
+        found.append(ref.repo)
+    return found
+
+
+def _task(recipe: Recipe) -> str:
+    """What the test set is called: its file's name, or its folder's where that says nothing."""
+    if recipe.data.test is None:
+        return recipe.name
+    path = Path(recipe.data.test.path)
+    plain = path.stem.lower() in _PLAIN_STEMS and path.parent.name not in {"", ".", ".."}
+    return path.parent.name if plain else path.stem
+
+
+def _write_papers(folder: Path, ready: Prepared, results: dict[str, Any]) -> None:
+    text = to_yaml(pinned_recipe(ready.recipe, ready.base, ready.members))
+    (folder / RECIPE_NAME).write_text(text, encoding="utf-8")
+    (folder / LOCK_NAME).write_text(ready.lock.dumps(), encoding="utf-8")
+    (folder / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    publish = ready.recipe.publish
+    write_card(folder, repo=publish.repo if publish else None)
+
+
+def _enter(ready: Prepared, results: dict[str, Any], registry: Registry) -> StoredAdapter:
+    """The mixture, its lineage and every measured score go into the registry."""
+    facts = ready.base.facts
+    verdict = results["verdict"]["text"] if "verdict" in results else "not evaluated"
+    # The words of its card are ours: they tell of no skill.
+    record = replace(
+        record_of_folder(ready.out, name=ready.recipe.name),
+        base=BaseRecord(facts.name, "given", facts.name, facts.revision, facts.digest),
+        description=f"{len(ready.members)} adapters by {ready.recipe.method.type}: {verdict}",
+        skills=(),
+        scores=(),
+    )
+    members = [
+        MemberRecord(m.ref, m.name, row["coefficient"], adapter_id=m.adapter_id, digest=m.digest)
+        for m, row in zip(ready.members, results["members"], strict=True)
+    ]
+    lineage = MixtureRecord(
+        name=ready.recipe.name,
+        method=ready.recipe.method.type,
+        recipe_yaml=(ready.out / RECIPE_NAME).read_text("utf-8"),
+        recipe_digest=ready.lock.recipe,
+        seed=ready.recipe.seed,
+        verdict=verdict,
+        members=tuple(members),
+    )
+    stored = registry.add_mixture(record, lineage)
+    if ready.base.local and ready.base.folder is not None:
+        registry.place_base(facts.name, ready.base.folder)
+    keys = {"mixture": stored.ref, **{m.name: m.key for m in ready.members}}
+    for row in results.get("test", ()):
+        if row["name"] in keys:
+            for score in _scores(row, results["task"], ready):
+                registry.score(keys[row["name"]], score)
+    return registry.get(stored.ref)
+
+
+def _scores(row: Mapping[str, Any], task: str, ready: Prepared) -> list[ScoreRecord]:
+    pin = ready.lock.data["test"]
+    return [
+        ScoreRecord(
+            task=task,
+            metric=metric,
+            value=row[metric],
+            dataset=f"{pin.ref}@{pin.files[pin.ref][:12]}",
+            n=row["n"],
+            few_shot=0,
+            stderr=row[f"{metric}_stderr"],
+            source="measured",
+            revision=ready.base.facts.revision or (ready.base.facts.digest or "")[:12],
+        )
+        for metric in ("nll", "exact_match")
+        if row[metric] is not None
+    ]
+
+
+def _publish(ready: Prepared, progress: Progress) -> str:
+    from lorahub_registry.api.publish import push
+
+    publish = ready.recipe.publish
+    assert publish is not None
+    try:
+        done = push(
+            ready.out,
+            publish.repo,
+            private=publish.private,
+            create_pr=publish.create_pr,
+            progress=progress,
+        )
+    except LoraregError:
+        progress.warn(f"the mixture is whole in {ready.out}; only the push failed")
+        raise
+    return done.pr_url or done.url

@@ -1,0 +1,74 @@
+"""Where a mixture is written: the old folder or the new one, nothing between."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lorahub_registry.adapters.config import CONFIG_NAME
+from lorahub_registry.adapters.tensors import WEIGHTS_NAME
+from lorahub_registry.card import RECIPE_NAME, RESULTS_NAME
+from lorahub_registry.errors import OutputError
+from lorahub_registry.lock import LOCK_NAME
+
+MIXTURE_FILES = frozenset(
+    {CONFIG_NAME, WEIGHTS_NAME, "README.md", RECIPE_NAME, LOCK_NAME, RESULTS_NAME}
+)
+
+
+def check_output(out: Path, *, force: bool) -> None:
+    """Whether a mixture may be written to ``out``.
+
+    Raises:
+        OutputError: something is there, and ``force`` may not replace it.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise OutputError(f"{out} is a file", hint="name another folder as output.path")
+    inside = {p.name for p in out.iterdir()}
+    if not inside:
+        return
+    if not force:
+        raise OutputError(f"{out} exists and is not empty", hint="--force replaces it")
+    if foreign := sorted(inside - MIXTURE_FILES):
+        raise OutputError(
+            f"{out} holds {foreign[0]}, which no mixture has; --force will not delete it",
+            hint="name another folder as output.path",
+        )
+
+
+@contextmanager
+def new_folder(out: Path, *, force: bool) -> Iterator[Path]:
+    """A folder to fill, that becomes ``out`` at once at the end, or leaves no trace.
+
+    Raises:
+        OutputError: the place cannot be written.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written: {error.strerror}") from None
+    try:
+        yield part
+        # Temporary folders and safetensors are made for their owner alone.
+        part.chmod(0o755)
+        for file in part.iterdir():
+            file.chmod(0o644)
+        check_output(out, force=force)
+        old = None
+        if out.exists():
+            old = part.with_name(f"{part.name}.old")
+            os.replace(out, old)
+        os.replace(part, out)
+        if old is not None:
+            shutil.rmtree(old)
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

@@ -1,0 +1,114 @@
+"""What a recipe would take, without loading a model: memory, evaluations, time."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorahub_registry.api.prepare import Prepared, prepare
+from lorahub_registry.errors import BaseModelError
+from lorahub_registry.progress import Progress, silent
+from lorahub_registry.recipes import RecipeFile, render
+from lorahub_registry.registry.store import Registry
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def plan(
+    recipe: str | Path | Mapping[str, Any] | RecipeFile,
+    *,
+    registry: Registry,
+    force: bool = False,
+    lock: Path | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Check a recipe to the end, and estimate what running it would take.
+
+    Tokens are counted with the base's own tokenizer; the speed is measured, on this machine, by
+    a matrix product of the base's width. Memory counts the base, every adapter in float32, the
+    stacked factors and the kept copies of changed weights.
+
+    Raises:
+        LoraregError: whatever would stop the run.
+    """
+    ready = prepare(recipe, registry=registry, force=force, lock=lock, progress=progress)
+    return _estimate(ready)
+
+
+def _estimate(ready: Prepared) -> dict[str, Any]:
+    from lorahub_registry.evaluate.base import pick_device
+
+    recipe, shapes = ready.recipe, ready.base.facts.shapes
+    device = pick_device(recipe.device)
+    parameters = sum(math.prod(shape) for shape in shapes.values())
+    train, test = _tokens(ready)
+    evaluations = getattr(recipe.method, "budget", 0)
+    models = len(ready.members) + 4 if ready.test else 0
+    width = max((shape[-1] for shape in shapes.values() if len(shape) == 2), default=1024)
+    gflops = _measured_gflops(device, min(width, 4096))
+    forwards = evaluations * train + models * test
+    adapters = sum(m.facts.parameters or 0 for m in ready.members) * 4
+    changed = {m.name: m.fan_in * m.fan_out for a in ready.members for m in a.facts.modules}
+    each = _BYTES.get(recipe.dtype, 4)
+    return {
+        "name": recipe.name,
+        "base": ready.base.facts.name,
+        "parameters": parameters,
+        "adapters": [
+            {"name": m.name, "ref": m.ref, "rank": m.facts.rank, "bytes": m.facts.bytes}
+            for m in ready.members
+        ],
+        "method": recipe.method.type,
+        "evaluations": evaluations,
+        "train_rows": len(ready.train),
+        "train_tokens": train,
+        "models": models,
+        "test_rows": len(ready.test),
+        "test_tokens": test,
+        "memory_bytes": parameters * each + 2 * adapters + sum(changed.values()) * each,
+        "device": device,
+        "gflops": gflops,
+        "seconds": 2 * parameters * forwards / (gflops * 1e9),
+        "output": str(ready.out),
+    }
+
+
+def _tokens(ready: Prepared) -> tuple[int, int]:
+    """Tokens of train and test rows, prompts and answers."""
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            ready.base.folder, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise BaseModelError(
+            f"the base {ready.base.facts.name} has no tokenizer that can be loaded: {error}"
+        ) from None
+    template = ready.recipe.data.template
+    counts = []
+    for rows in (ready.train, ready.test):
+        texts = [
+            (row.input if ready.recipe.data.chat else render(template, row)) + row.output
+            for row in rows
+        ]
+        counts.append(sum(map(len, tokenizer(texts)["input_ids"])) if texts else 0)
+    return counts[0], counts[1]
+
+
+def _measured_gflops(device: str, width: int) -> float:
+    """What a product of [256, width] by [width, width] reaches, in GFLOP/s; takes a blink."""
+    import torch
+
+    a = torch.randn(256, width, device=device)
+    b = torch.randn(width, width, device=device)
+    a @ b
+    best, start = math.inf, time.perf_counter()
+    while time.perf_counter() - start < 0.2:
+        began = time.perf_counter()
+        float((a @ b)[0, 0])
+        best = min(best, time.perf_counter() - began)
+    return 2 * 256 * width * width / best / 1e9

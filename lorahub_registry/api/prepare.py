@@ -1,0 +1,165 @@
+"""A recipe with everything found, pinned, read and checked, before it costs time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorahub_registry.adapters.base_files import BaseFacts
+from lorahub_registry.adapters.compat import Member, check_base, check_factors, check_sum
+from lorahub_registry.adapters.config import CONFIG_NAME
+from lorahub_registry.adapters.tensors import WEIGHTS_NAME, file_sha256
+from lorahub_registry.api.bases import ResolvedBase, resolve_base
+from lorahub_registry.api.output import check_output
+from lorahub_registry.api.resolve import resolve_members
+from lorahub_registry.card import RECIPE_NAME
+from lorahub_registry.errors import RecipeError
+from lorahub_registry.lock import Lock, Pin
+from lorahub_registry.progress import Progress, silent
+from lorahub_registry.recipes import (
+    Recipe,
+    RecipeFile,
+    RefEntry,
+    digest,
+    from_mapping,
+    pinned,
+    read_rows,
+    to_yaml,
+)
+from lorahub_registry.recipes import load as load_recipe
+from lorahub_registry.recipes.rows import Row
+from lorahub_registry.refs import expand, looks_like_path
+from lorahub_registry.registry.store import Registry
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe with everything found, read and checked, before any model is loaded."""
+
+    recipe: Recipe
+    folder: Path
+    base: ResolvedBase
+    members: tuple[Member, ...]
+    train: Sequence[Row]
+    test: Sequence[Row]
+    out: Path
+    lock: Lock
+    notes: tuple[str, ...]
+
+
+def read_recipe(recipe: str | Path | Mapping[str, Any] | RecipeFile) -> RecipeFile:
+    """A recipe from a file or from plain data; the latter's paths count from here."""
+    if isinstance(recipe, RecipeFile):
+        return recipe
+    if isinstance(recipe, Mapping):
+        made = from_mapping(recipe)
+        return RecipeFile(made, Path.cwd() / RECIPE_NAME, to_yaml(made))
+    return load_recipe(recipe)
+
+
+def prepare(
+    recipe: str | Path | Mapping[str, Any] | RecipeFile,
+    *,
+    registry: Registry,
+    base: tuple[Any, Any] | None = None,
+    force: bool = False,
+    lock: Path | None = None,
+    progress: Progress = silent,
+) -> Prepared:
+    """Find, pin and check all that a recipe names. No model is loaded, nothing is written.
+
+    Raises:
+        LoraregError: whatever is wrong with it, before it costs time.
+    """
+    file = read_recipe(recipe)
+    wanted = file.recipe
+    out = file.resolve(wanted.output.path)
+    check_output(out, force=force)
+    found = _given_base(wanted.base, base) if base else resolve_base(
+        wanted.base, registry=registry, beside=file.folder, progress=progress
+    )  # fmt: skip
+    members = resolve_members(
+        wanted, beside=file.folder, base=found.facts.name, registry=registry, progress=progress
+    )
+    check_sum(members)
+    if getattr(wanted.method, "form", None) == "factor":
+        check_factors(members)
+    notes = check_base(members, found.facts, allow=wanted.allow_base)
+    for note in notes:
+        progress.warn(f"allow_base: {note}")
+    if wanted.publish is not None:
+        agreed_license(wanted, members)
+    train, test = (
+        read_rows(split, seed=wanted.seed, beside=file.folder) if split else ()
+        for split in (wanted.data.train if wanted.method.learns else None, wanted.data.test)
+    )
+    if not test:
+        progress.warn("no data.test: the mixture will be written without proof that it helps")
+    now = _lock(file, found, members)
+    if lock is not None:
+        Lock.load(lock).check(now)
+    return Prepared(wanted, file.folder, found, tuple(members), train, test, out, now, tuple(notes))
+
+
+def agreed_license(recipe: Recipe, members: Sequence[Member]) -> str | None:
+    """The mixture's licence: the recipe's word, else the adapters' own where they agree.
+
+    Raises:
+        RecipeError: it is to be published, and neither tells.
+    """
+    if recipe.declared_license:
+        return recipe.declared_license
+    said = {m.name: (m.license or "").strip().lower() for m in members}
+    if len(set(said.values())) == 1 and all(said.values()):
+        return next(iter(said.values()))
+    if recipe.publish is None:
+        return None
+    each = ", ".join(f"{name}: {text or 'unknown'}" for name, text in said.items())
+    raise RecipeError(
+        f"the adapters do not agree on a licence ({each})",
+        hint="read them, and say the mixture's own in the recipe: publish: {license: …}",
+    )
+
+
+def _given_base(name: str, base: tuple[Any, Any]) -> ResolvedBase:
+    model, _ = base
+    text, _, revision = name.partition("@")
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    short = expand(text).name if looks_like_path(text) else text
+    return ResolvedBase(BaseFacts(short, shapes, revision or None), None)
+
+
+def _lock(file: RecipeFile, base: ResolvedBase, members: Sequence[Member]) -> Lock:
+    recipe = file.recipe
+    data = {}
+    for split, spec in (("train", recipe.data.train), ("test", recipe.data.test)):
+        if spec is not None and (split == "test" or recipe.method.learns):
+            path = file.resolve(spec.path)
+            data[split] = Pin(path.name, files={path.name: file_sha256(path)})
+    return Lock(
+        recipe=digest(pinned_recipe(recipe, base, members)),
+        base=Pin(base.facts.name, base.facts.revision, digest=base.facts.digest),
+        adapters={
+            m.name: Pin(
+                m.ref,
+                m.revision or None,
+                {name: file_sha256(m.folder / name) for name in (CONFIG_NAME, WEIGHTS_NAME)},
+                m.digest,
+            )
+            for m in members
+        },
+        data=data,
+    )
+
+
+def pinned_recipe(recipe: Recipe, base: ResolvedBase, members: Sequence[Member]) -> Recipe:
+    """The recipe as it ran: base and adapters resolved and pinned, no path of this machine."""
+    facts = base.facts
+    if base.local:
+        named = f"./{facts.name}" if looks_like_path(recipe.base) else recipe.base
+    else:
+        named = f"{facts.name}@{facts.revision}" if facts.revision else facts.name
+    entries = [RefEntry(ref=m.ref, name=m.name, coefficient=m.coefficient) for m in members]
+    return pinned(recipe, base=named, adapters=entries)

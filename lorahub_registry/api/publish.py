@@ -1,0 +1,96 @@
+"""Publish: a mixture's card, and the push of its folder in one commit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorahub_registry.card import read_results, write_card
+from lorahub_registry.errors import OutputError, RecipeError, UnknownRef
+from lorahub_registry.progress import Progress, silent
+from lorahub_registry.refs import expand, looks_like_path
+from lorahub_registry.registry.store import Registry
+from lorahub_registry.settings import Settings
+
+if TYPE_CHECKING:
+    from lorahub_registry.hub.push import PushResult
+
+
+def folder_of(place: str | Path, registry: Registry | None = None) -> Path:
+    """The folder that a path or a registered name means.
+
+    Raises:
+        UnknownRef: no such folder, and nothing is registered under that name.
+    """
+    folder = expand(str(place))
+    if folder.is_dir():
+        return folder
+    if isinstance(place, Path) or looks_like_path(place):
+        raise UnknownRef(f"{place}: no such folder")
+    if registry is None:
+        with Registry() as opened:
+            return folder_of(place, opened)
+    stored = registry.get(place)
+    if stored.record.local_path is None or not Path(stored.record.local_path).is_dir():
+        raise UnknownRef(
+            f"{place}: its files are not on this machine", hint=f"lorareg pull {stored.ref}"
+        )
+    return Path(stored.record.local_path)
+
+
+def card(place: str | Path, *, registry: Registry | None = None, repo: str | None = None) -> Path:
+    """Write the card of a mixture again, from its recipe and results; its path.
+
+    Args:
+        repo: the Hub id it will have, for the code that loads it.
+    """
+    return write_card(folder_of(place, registry), repo=repo)
+
+
+def push(
+    place: str | Path,
+    repo: str,
+    *,
+    registry: Registry | None = None,
+    private: bool = False,
+    create_pr: bool = False,
+    dry_run: bool = False,
+    message: str | None = None,
+    progress: Progress = silent,
+) -> PushResult:
+    """Publish a mixture: one atomic commit with its parent checked, its card made for ``repo``.
+
+    Args:
+        place: its folder, or its name in the registry.
+        private: make the repo private where it is new.
+        create_pr: open a pull request instead of committing.
+        dry_run: check everything and list the files; nothing leaves this machine.
+
+    Raises:
+        RecipeError: no licence is known for it.
+        OutputError: something in it may not be published: a local path, a token.
+        HubError: the Hub refused, or the branch moved meanwhile.
+    """
+    from lorahub_registry.hub.push import push as commit
+
+    folder = folder_of(place, registry)
+    facts = read_results(folder)
+    if not facts.get("license"):
+        raise RecipeError(
+            f"{facts['name']}: its licence is unknown, and the unknown is not published",
+            hint="say it in the recipe (license: …), and compose again with --force",
+        )
+    if str(facts["base"]["name"]).startswith(("/", ".", "~")):
+        raise OutputError(f"{facts['name']}: its base is a path of this machine")
+    if not dry_run:
+        write_card(folder, repo=repo)
+    return commit(
+        folder,
+        repo,
+        settings=Settings.from_environment(),
+        private=private,
+        create_pr=create_pr,
+        message=message,
+        dry_run=dry_run,
+        progress=progress,
+    )

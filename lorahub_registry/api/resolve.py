@@ -1,0 +1,180 @@
+"""A recipe's words made definite: every adapter found, read, pinned and named."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lorahub_registry.adapters.compat import Member
+from lorahub_registry.adapters.facts import read_facts
+from lorahub_registry.api.index import refreshed
+from lorahub_registry.errors import AmbiguousRef, LockError, RecipeError, UnknownRef
+from lorahub_registry.progress import Progress, silent
+from lorahub_registry.recipes import Recipe, RefEntry
+from lorahub_registry.recipes.entries import SearchEntry
+from lorahub_registry.refs import AdapterRef, expand, looks_like_path
+from lorahub_registry.registry.index import record_of_folder
+from lorahub_registry.registry.records import Query, StoredAdapter
+from lorahub_registry.registry.store import Registry
+from lorahub_registry.settings import Settings
+
+_RESERVED = frozenset({"base", "mixture", "uniform"})
+
+
+def resolve_members(
+    recipe: Recipe,
+    *,
+    beside: Path,
+    base: str,
+    registry: Registry,
+    pull: bool = True,
+    progress: Progress = silent,
+) -> list[Member]:
+    """Every adapter of ``recipe``, searches resolved, in the recipe's order.
+
+    Args:
+        beside: what the recipe's relative paths count from.
+        base: the resolved base's name, for searches.
+        pull: get what is not on this machine; else that is an error.
+
+    Raises:
+        UnknownRef, AmbiguousRef: an adapter that cannot be found, or not told apart.
+        RecipeError: a search that finds nothing, or one adapter twice.
+        LockError: a pulled file is no longer what was pulled.
+    """
+    found: list[tuple[RefEntry, StoredAdapter]] = []
+    for entry in recipe.adapters:
+        if isinstance(entry, SearchEntry):
+            found += _searched(entry, base, registry, progress)
+        else:
+            found.append((entry, _find(entry.ref, beside, registry, progress)))
+    members: list[Member] = []
+    for entry, stored in found:
+        member = _member(entry, _here(stored, registry, pull, progress), registry, progress)
+        if any(member.folder == m.folder for m in members):
+            raise RecipeError(
+                f"{member.ref} stands twice among the adapters",
+                hint="name it once, or let the search leave it out",
+            )
+        members.append(member)
+    return _named(members, [entry for entry, _ in found])
+
+
+def _find(ref: str, beside: Path, registry: Registry, progress: Progress) -> StoredAdapter:
+    folder = expand(ref, beside=beside)
+    if looks_like_path(ref) or (folder / "adapter_config.json").is_file():
+        try:
+            return registry.get(str(folder))
+        except UnknownRef:
+            return registry.put(record_of_folder(folder))
+    try:
+        return registry.get(ref)
+    except UnknownRef:
+        if "/" not in ref:
+            raise
+    from lorahub_registry.hub.pull import pull
+
+    wanted = AdapterRef.parse(ref)
+    settings = Settings.from_environment()
+    pulled = pull(wanted, settings=settings, registry=registry, progress=progress).adapters
+    if len(pulled) > 1:
+        here = ", ".join(p.record.subfolder or "(root)" for p in pulled)
+        raise AmbiguousRef(
+            f"{ref} holds {len(pulled)} adapters: {here}",
+            hint=f"name one: {wanted.repo}/{pulled[0].record.subfolder}",
+        )
+    return registry.get(str(wanted))
+
+
+def _searched(
+    entry: SearchEntry, base: str, registry: Registry, progress: Progress
+) -> list[tuple[RefEntry, StoredAdapter]]:
+    search = entry.search
+    answer = registry.search(
+        Query(
+            text=search.text or "",
+            base=base,
+            skills=search.skill,
+            rank=search.rank_bounds,
+            targets=search.targets,
+            license=search.license,
+            peft_type=search.peft_type,
+            min_scores=search.min_score,
+            sort=search.sort,
+            limit=entry.limit,
+        )
+    )
+    if not answer.adapters:
+        raise RecipeError(
+            f"the search among the recipe's adapters finds nothing for the base {base}",
+            hint=f"lorareg sync --base {base}, or lorareg add FOLDER, fills the registry",
+        )
+    progress.say(f"search took {', '.join(a.record.name for a in answer.adapters)}")
+    return [(RefEntry(ref=a.record.name), registry.get(a.ref)) for a in answer.adapters]
+
+
+def _here(
+    stored: StoredAdapter, registry: Registry, pull: bool, progress: Progress
+) -> StoredAdapter:
+    """The same adapter with its files on this machine."""
+    if stored.record.local_path is not None:
+        return stored
+    if not pull:
+        raise UnknownRef(f"{stored.ref} is not on this machine", hint=f"lorareg pull {stored.ref}")
+    from lorahub_registry.hub.pull import pull as get
+
+    settings = Settings.from_environment()
+    get(AdapterRef.parse(stored.ref), settings=settings, registry=registry, progress=progress)
+    return registry.get(stored.ref)
+
+
+def _member(
+    entry: RefEntry, stored: StoredAdapter, registry: Registry, progress: Progress
+) -> Member:
+    now = refreshed(stored, progress=progress)
+    record = stored.record
+    local = record.repo.kind == "local"
+    if now.digest != record.digest:
+        if not local:
+            raise LockError(
+                f"{stored.ref}: its tensors are not those that were pulled",
+                hint=f"delete its files and pull again: lorareg remove {stored.ref} --files",
+            )
+        progress.warn(f"{record.name}: its files changed since it was indexed; indexed again")
+        stored = registry.put(now)
+        record = stored.record
+    folder = Path(record.local_path or "")
+    return Member(
+        name=entry.name or record.name,
+        key=stored.ref,
+        # A folder's path says whose machine this is; a Hub ref does not.
+        ref=f"./{folder.name}" if local else stored.ref,
+        folder=folder,
+        facts=read_facts(folder),
+        base=record.base.name,
+        base_digest=record.base.digest,
+        digest=record.digest,
+        coefficient=entry.coefficient,
+        license=record.repo.license,
+        revision=record.revision,
+        adapter_id=stored.id,
+    )
+
+
+def _named(members: Sequence[Member], entries: Sequence[RefEntry]) -> list[Member]:
+    """Names fit for tables and files, no two alike; explicit ones stay as they are."""
+    taken = {e.name for e in entries if e.name} | _RESERVED
+    named = []
+    for member, entry in zip(members, entries, strict=True):
+        name = member.name
+        if not entry.name:
+            slug = re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("-._+") or "adapter"
+            slug = f"a{slug}" if slug.isdigit() else slug
+            name, number = slug, 2
+            while name in taken:
+                name, number = f"{slug}-{number}", number + 1
+            taken.add(name)
+        named.append(replace(member, name=name))
+    return named

@@ -1,0 +1,241 @@
+"""Load an adapter or mixture on its base, and talk to it beside others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorahub_registry.adapters.compat import Member, check_base, check_sum
+from lorahub_registry.adapters.facts import read_facts
+from lorahub_registry.api.bases import ResolvedBase, resolve_base
+from lorahub_registry.card import RECIPE_NAME
+from lorahub_registry.errors import BaseModelError, UnknownRef, UsageError
+from lorahub_registry.progress import Progress, silent
+from lorahub_registry.refs import expand, looks_like_path
+from lorahub_registry.registry.index import record_of_folder
+from lorahub_registry.registry.records import AdapterRecord
+from lorahub_registry.registry.store import Registry
+
+if TYPE_CHECKING:
+    from lorahub_registry.evaluate.base import LoadedBase
+
+BASE = "base"
+
+
+@dataclass
+class Loaded:
+    """An adapter on its base, ready to generate.
+
+    Attributes:
+        model: a PeftModel, loaded by stock PEFT.
+        prompt: the template that its recipe made prompts with, else the project's default.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    prompt: str
+    _base: LoadedBase
+
+    def generate(
+        self, text: str, *, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0
+    ) -> str:
+        """What it answers to ``text``, put into the prompt's template; greedy at temperature 0."""
+        return _answer(self._base, self.model, self.prompt, text, max_new_tokens, temperature, seed)
+
+
+def load(
+    ref: str | Path,
+    *,
+    base: str | tuple[Any, Any] | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    registry: Registry | None = None,
+    progress: Progress = silent,
+) -> Loaded:
+    """A mixture or adapter on its base.
+
+    Args:
+        ref: a folder, a registered name or a Hub ref that was pulled.
+        base: where its base is, if not where the registry knows; or (model, tokenizer).
+        device, dtype: as in a recipe.
+
+    Raises:
+        UnknownRef: it is not on this machine.
+        BaseModelError: its base is not known, or cannot be loaded.
+    """
+    if registry is None:
+        with Registry(progress=progress) as opened:
+            return load(
+                ref, base=base, device=device, dtype=dtype, registry=opened, progress=progress
+            )
+    from peft import PeftModel
+
+    folder, record = _record(str(ref), registry)
+    loaded = _load_base(record, base, device, dtype, registry, progress)
+    model = PeftModel.from_pretrained(loaded.model, str(folder), adapter_name="adapter")
+    return Loaded(record.name, model.eval(), loaded.tokenizer, _template(folder), loaded)
+
+
+def generate(
+    ref: str,
+    texts: Sequence[str],
+    *,
+    against: Sequence[str] = (),
+    base: str | None = None,
+    template: str | None = None,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    registry: Registry,
+    progress: Progress = silent,
+) -> list[dict[str, str]]:
+    """Answers side by side: for each text, a mapping from name to answer, ``ref``'s own first.
+
+    Args:
+        against: other adapters of the same base, or ``base``.
+        template: Jinja over ``input``; by default the mixture's own.
+
+    Raises:
+        UsageError: a name twice.
+        IncompatibleAdapters: one of them was made for another base.
+    """
+    from lorahub_registry.evaluate.quiet import threads_for
+    from lorahub_registry.runtime.apply import applied
+    from lorahub_registry.weights.files import load_deltas
+
+    folder, record = _record(ref, registry)
+    names = [record.name]
+    members: list[Member | None] = [_member(folder, record)]
+    for other in against:
+        names.append(other)
+        members.append(None if other == BASE else _member(*_record(other, registry)))
+    if len(set(names)) < len(names):
+        raise UsageError(f"{max(names, key=names.count)!r} is named twice")
+    present = [m for m in members if m is not None]
+    check_sum(present)
+    found = _find_base(record, base, registry, progress)
+    check_base(present, found.facts, allow=base is not None)
+    loaded = _load_base(record, found, device, dtype, registry, progress)
+    prompt = template or _template(folder)
+    answers: list[dict[str, str]] = [{} for _ in texts]
+    with (
+        threads_for(loaded.model),
+        progress.task("Generating", len(texts) * len(names), "answer") as task,
+    ):
+        for name, member in zip(names, members, strict=True):
+            deltas = load_deltas(member.folder, member.facts) if member else {}
+            with applied(loaded.model, deltas):
+                for answer, text in zip(answers, texts, strict=True):
+                    answer[name] = _answer(
+                        loaded, loaded.model, prompt, text, max_new_tokens, temperature, seed
+                    )
+                    task.advance()
+    return answers
+
+
+def _answer(
+    base: LoadedBase,
+    model: Any,
+    template: str,
+    text: str,
+    limit: int,
+    temperature: float,
+    seed: int,
+) -> str:
+    from lorahub_registry.evaluate.generation import generate as run
+    from lorahub_registry.evaluate.tokens import TokenRule, encode
+    from lorahub_registry.recipes import render
+    from lorahub_registry.recipes.rows import Row
+
+    chat = template == "chat"
+    prompt = text if chat else render(template, Row(text, "-", {"input": text, "output": "-"}))
+    # The output only has to be there: generation looks at the prompt alone.
+    [row] = encode(base.tokenizer, [(prompt, "-")], TokenRule(chat=chat), seq2seq=base.seq2seq)
+    [ids] = run(
+        model,
+        base.tokenizer,
+        [row.prompt],
+        max_new_tokens=limit,
+        seq2seq=base.seq2seq,
+        temperature=temperature,
+        seed=seed,
+    )
+    return str(base.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+def _record(ref: str, registry: Registry) -> tuple[Path, AdapterRecord]:
+    folder = expand(ref)
+    if looks_like_path(ref) or (folder / "adapter_config.json").is_file():
+        try:
+            return folder, registry.get(str(folder)).record
+        except UnknownRef:
+            return folder, record_of_folder(folder)
+    record = registry.get(ref).record
+    if record.local_path is None:
+        raise UnknownRef(f"{ref} is not on this machine", hint=f"lorareg pull {ref}")
+    return Path(record.local_path), record
+
+
+def _member(folder: Path, record: AdapterRecord) -> Member:
+    return Member(
+        name=record.name,
+        key=str(folder),
+        ref=record.name,
+        folder=folder,
+        facts=read_facts(folder),
+        base=record.base.name,
+        base_digest=record.base.digest,
+    )
+
+
+def _find_base(
+    record: AdapterRecord, base: str | None, registry: Registry, progress: Progress
+) -> ResolvedBase:
+    name = base or record.base.name
+    if name is None:
+        raise BaseModelError(
+            f"{record.name} does not say which base it was made for", hint="name it: --base ID"
+        )
+    declared = expand(record.base.declared or "")
+    if base is None and record.base.declared and (declared / "config.json").is_file():
+        name = str(declared)
+    pin = f"@{record.base.revision}" if record.base.revision and not base else ""
+    return resolve_base(f"{name}{pin}", registry=registry, progress=progress)
+
+
+def _load_base(
+    record: AdapterRecord,
+    base: str | tuple[Any, Any] | ResolvedBase | None,
+    device: str,
+    dtype: str,
+    registry: Registry,
+    progress: Progress,
+) -> LoadedBase:
+    from lorahub_registry.evaluate.base import adopt, load_base
+
+    if isinstance(base, tuple):
+        return adopt(*base, name=record.base.name or "base")
+    found = base if isinstance(base, ResolvedBase) else _find_base(record, base, registry, progress)
+    assert found.folder is not None
+    with progress.task(f"Loading {found.facts.name}"):
+        return load_base(
+            found.folder,
+            name=found.facts.name,
+            revision=found.facts.revision,
+            device=device,
+            dtype=dtype,
+        )
+
+
+def _template(folder: Path) -> str:
+    """The template of the recipe beside a mixture; the default for any other adapter."""
+    from lorahub_registry.recipes import load as load_recipe
+    from lorahub_registry.recipes.template import DEFAULT
+
+    path = folder / RECIPE_NAME
+    return load_recipe(path).recipe.data.template if path.is_file() else DEFAULT

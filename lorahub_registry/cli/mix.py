@@ -1,0 +1,172 @@
+"""Mix: compose, recipes, the quickstart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lorahub_registry.cli.output import Output, clean, size, with_output
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--dry-run", is_flag=True, help="Check everything, and say what it would take.")
+@click.option("--no-push", is_flag=True, help="Do not publish, whatever the recipe says.")
+@click.option("--force", is_flag=True, help="Replace a mixture at the output's place.")
+@click.option("--lock", type=click.Path(path_type=Path), metavar="FILE",
+              help="A lorareg.lock that everything must agree with.")  # fmt: skip
+@with_output
+def compose(
+    recipe: Path, dry_run: bool, no_push: bool, force: bool, lock: Path | None, out: Output
+) -> None:
+    """Mix adapters by a recipe, prove the mixture, and publish it if the recipe says so.
+
+    Learns or takes the coefficients, writes a plain PEFT adapter with its card, scores it
+    against the base, every single adapter and the uniform average, and says in words whether it
+    helps.
+
+    \b
+    Examples:
+      lorareg compose recipe.yaml --dry-run
+      lorareg compose recipe.yaml
+    """
+    from lorahub_registry.registry.store import Registry
+
+    if dry_run:
+        from lorahub_registry.api.plan import plan
+
+        with Registry(progress=out) as registry:
+            facts = plan(recipe, registry=registry, force=force, lock=lock, progress=out)
+        out.record(facts, _plan_page(facts), quiet=str(facts["output"]))
+        return
+    from lorahub_registry.api.mix import compose as run
+
+    with Registry(progress=out) as registry:
+        mixture = run(
+            recipe, registry=registry, push=not no_push, force=force, lock=lock, progress=out
+        )
+    facts = {"path": str(mixture.path), "url": mixture.url, **mixture.results}
+    out.record(facts, proof_page(mixture.results), quiet=str(mixture.path))
+    if not mixture.verdict:
+        out.warn("not evaluated: the recipe names no data.test")
+    out.done(
+        f"written to {mixture.path}" + (f", published at {mixture.url}" if mixture.url else "")
+    )
+
+
+@click.group()
+def recipe() -> None:
+    """Recipes: check one, or print their schema."""
+
+
+@recipe.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@with_output
+def validate(file: Path, out: Output) -> None:
+    """Report everything that is wrong with a recipe, line by line.
+
+    \b
+    Example:
+      lorareg recipe validate recipe.yaml
+    """
+    from lorahub_registry.recipes import digest, load
+
+    found = load(file).recipe
+    facts = {"path": str(file), "name": found.name, "digest": digest(found)}
+    out.record(facts, f"{file}: a valid recipe", quiet=str(file))
+
+
+@recipe.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    import json
+
+    from lorahub_registry.recipes import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2))
+
+
+@click.command()
+@click.option("--out", "folder", type=click.Path(path_type=Path), default="quickstart",
+              show_default=True, help="The folder that it makes.")  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--force", is_flag=True, help="Replace an earlier quickstart there.")
+@with_output
+def quickstart(folder: Path, seed: int, force: bool, out: Output) -> None:
+    """See the whole idea in about two minutes, without a Hub.
+
+    Trains a tiny base and six adapters on sentences that it makes itself, registers them in a
+    registry of their own, mixes them for a task that none was trained on, proves the mixture
+    and lets it talk.
+    """
+    from lorahub_registry.api.quickstart import quickstart as run
+
+    done = run(folder, seed=seed, force=force, progress=out)
+    facts = {
+        "folder": str(done.folder),
+        "home": str(done.home),
+        "mixture": str(done.mixture.path),
+        "seconds": done.seconds,
+        "answers": done.answers,
+        **done.mixture.results,
+    }
+    out.record(facts, _quickstart_page(done), quiet=str(done.mixture.path))
+
+
+def proof_page(results: dict[str, Any]) -> str:
+    """Coefficients, the table and the verdict, for people."""
+    lines = [f"{m['coefficient']:+.4f}  {clean(m['name'])}" for m in results["members"]]
+    if "test" in results:
+        wide = max(len(row["name"]) for row in results["test"])
+        exact = results["test"][0]["exact_match"] is not None
+        lines += ["", f"{'':<{wide}}  {'NLL':>8}  {'':>8}{'  EXACT' if exact else ''}"]
+        for row in results["test"]:
+            text = f"{row['name']:<{wide}}  {row['nll']:8.4f}  ±{row['nll_stderr']:7.4f}"
+            lines.append(text + (f"  {row['exact_match']:5.1%}" if exact else ""))
+        lines += [f"on {results['test'][0]['n']} held-out rows of {clean(results['task'])}", ""]
+        lines.append(f"{results['name']} {results['verdict']['text']}")
+    return "\n".join(lines)
+
+
+def _plan_page(facts: dict[str, Any]) -> str:
+    lines = [f"base      {facts['base']}  ({facts['parameters']:,} parameters)"]
+    for member in facts["adapters"]:
+        lines.append(f"adapter   {member['name']}  rank {member['rank']}  {member['ref']}")
+    lines += [
+        f"method    {facts['method']}, {facts['evaluations']} evaluations of "
+        f"{facts['train_rows']} rows ({facts['train_tokens']:,} tokens)",
+        f"proof     {facts['models']} models on {facts['test_rows']} rows "
+        f"({facts['test_tokens']:,} tokens)",
+        f"memory    about {size(facts['memory_bytes'])} of weights; activations not counted",
+        f"time      about {max(1, facts['seconds']):.0f} s on {facts['device']} at a measured "
+        f"{facts['gflops']:.0f} GFLOP/s; loading and generation not counted",
+        f"output    {facts['output']}",
+    ]
+    return "\n".join(lines)
+
+
+def _quickstart_page(done: Any) -> str:
+    lines = [proof_page(done.mixture.results), "", "What they say, none of them trained on this:"]
+    for prompt, answers in done.answers.items():
+        lines.append(f"  {prompt}")
+        wide = max(map(len, answers))
+        lines += [f"    {name:<{wide}}  {text}" for name, text in answers.items()]
+    lines += [
+        "",
+        f"The mixture  {done.mixture.path}",
+        f"Its card     {done.mixture.path / 'README.md'}",
+        f"The recipe   {done.recipe}",
+        "",
+        "Try next:",
+        f"  export LORAREG_HOME={done.home}",
+        "  lorareg search --base quickstart-base --skill translation",
+        f"  lorareg show {done.mixture.name}",
+        f'  lorareg generate {done.mixture.name} "{next(iter(done.answers))}" --against base',
+        f"  lorareg compose {done.recipe} --dry-run --force",
+    ]
+    return "\n".join(lines)
+
+
+COMMANDS: list[click.Command] = [compose, recipe, quickstart]

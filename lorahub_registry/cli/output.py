@@ -1,0 +1,199 @@
+"""What commands print: data on stdout in one of three formats, talk on stderr."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from lorahub_registry.progress import Task, silent
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+
+Format = Literal["human", "json", "quiet"]
+
+
+class Output:
+    """Data and talk of one command. It is also the :class:`Progress` that lower layers see."""
+
+    def __init__(self, format: Format = "human") -> None:
+        self.format = format
+        self._bars: Bars | None = None
+
+    # Data
+
+    def table(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        columns: Mapping[str, str],
+        *,
+        quiet: str,
+    ) -> None:
+        """Rows as a table, a JSON array, or one ``quiet`` field a line.
+
+        Args:
+            columns: key → how it is written in the human table: ``<`` or ``>``.
+        """
+        if self.format == "json":
+            click.echo(json.dumps([dict(row) for row in rows], ensure_ascii=False))
+        elif self.format == "quiet":
+            for row in rows:
+                click.echo(str(row[quiet]))
+        else:
+            for line in _aligned(rows, columns):
+                click.echo(line)
+
+    def record(self, facts: Mapping[str, Any], human: str, *, quiet: str) -> None:
+        """One thing: as text, as a JSON object, or its ``quiet`` line."""
+        if self.format == "json":
+            click.echo(json.dumps(facts, ensure_ascii=False))
+        else:
+            click.echo(quiet if self.format == "quiet" else human)
+
+    # Talk
+
+    def done(self, text: str) -> None:
+        """A thing has been done."""
+        self._talk(f"✓ {text}")
+
+    def say(self, text: str) -> None:
+        """A line of talk; not in quiet format."""
+        self._talk(text)
+
+    def warn(self, text: str) -> None:
+        """A line that must not be missed."""
+        click.echo(f"Warning: {text}", err=True)
+
+    def _talk(self, text: str) -> None:
+        if self.format != "quiet":
+            click.echo(text, err=True)
+
+    @contextmanager
+    def task(self, title: str, total: float | None = None, unit: str = "") -> Iterator[Task]:
+        """A bar on the terminal; nothing where stderr is a file or a pipe, or in quiet format."""
+        if self.format == "quiet" or not sys.stderr.isatty():
+            with silent.task(title, total, unit) as nothing:
+                yield nothing
+            return
+        first = self._bars is None
+        if self._bars is None:
+            self._bars = _bars()
+            self._bars.start()
+        bars = self._bars
+        row = bars.add_task(title, total=total, note="", bytes=unit == "B")
+        try:
+            yield _Bar(bars, row)
+        finally:
+            bars.remove_task(row)
+            if first:
+                bars.stop()
+                self._bars = None
+
+
+class _Bar:
+    def __init__(self, bars: Bars, row: Any) -> None:
+        self._bars, self._row = bars, row
+
+    def advance(self, n: float = 1) -> None:
+        self._bars.advance(self._row, n)
+
+    def describe(self, text: str) -> None:
+        self._bars.update(self._row, note=text)
+
+
+def _bars() -> Bars:
+    """Bars with what is done, how fast, and when it will end; gone when they are."""
+    from rich.console import Console
+    from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, TextColumn
+    from rich.progress import Progress as RichProgress
+    from rich.progress import Task as RichTask
+    from rich.text import Text
+
+    class Done(ProgressColumn):
+        def render(self, task: RichTask) -> Text:
+            if task.total is None:
+                return Text(f"{task.elapsed or 0:.0f} s")
+            left = f", {task.time_remaining:.0f} s left" if task.time_remaining else ""
+            if not task.fields["bytes"]:
+                return Text(f"{task.completed:.0f}/{task.total:.0f}{left}")
+            speed = f", {size(task.speed)}/s" if task.speed else ""
+            return Text(f"{size(task.completed)} of {size(task.total)}{speed}{left}")
+
+    return RichProgress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        Done(),
+        TextColumn("{task.fields[note]}", markup=False),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+def size(n: float) -> str:
+    """Bytes as people say them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(n) < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} TB"
+
+
+def clean(value: Any) -> str:
+    """``value`` as one line without control characters: nothing of a repo steers a terminal."""
+    text = "" if value is None else str(value)
+    return "".join(c if c.isprintable() else "�" for c in text)
+
+
+def _aligned(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> list[str]:
+    cells = [[key.upper() for key in columns]]
+    cells += [[_shown(row.get(key)) for key in columns] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = []
+    for line in cells:
+        padded = [
+            f"{text:{side}{width}}"
+            for text, side, width in zip(line, columns.values(), widths, strict=True)
+        ]
+        lines.append("  ".join(padded).rstrip())
+    if sys.stdout.isatty():
+        wide = shutil.get_terminal_size().columns
+        lines = [text if len(text) <= wide else text[: wide - 1] + "…" for text in lines]
+    return lines
+
+
+def _shown(value: Any) -> str:
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, (list, tuple)):
+        return clean(",".join(map(str, value))) or "-"
+    return clean(f"{value:.4g}" if isinstance(value, float) else value)
+
+
+def with_output(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command ``--format``, ``--json`` and ``-q``, and an ``out`` argument."""
+
+    @click.option(
+        "--format",
+        "format_",
+        type=click.Choice(["human", "json", "quiet"]),
+        default="human",
+        help="How to print data: a table, JSON, or one id a line.",
+    )
+    @click.option("--json", "json_", is_flag=True, help="The same as --format json.")
+    @click.option("-q", "--quiet", is_flag=True, help="The same as --format quiet.")
+    @wraps(command)
+    def wrapped(*args: Any, format_: Format, json_: bool, quiet: bool, **kwargs: Any) -> None:
+        if json_ and quiet:
+            raise click.UsageError("--json and --quiet exclude each other")
+        format_ = "json" if json_ else "quiet" if quiet else format_
+        command(*args, out=Output(format_), **kwargs)
+
+    return wrapped
