@@ -61,14 +61,23 @@ def new_folder(out: Path, *, force: bool) -> Iterator[Path]:
         for file in part.iterdir():
             file.chmod(0o644)
         check_output(out, force=force)
-        old = None
-        if out.exists():
-            old = part.with_name(f"{part.name}.old")
-            os.replace(out, old)
-        os.replace(part, out)
-        if old is not None:
-            shutil.rmtree(old)
+        _put(part, out)
     except OSError as error:
         raise OutputError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _put(part: Path, out: Path) -> None:
+    """``part`` in the place of ``out``; what was there is put back if that fails."""
+    if not out.exists():
+        os.replace(part, out)
+        return
+    old = part.with_name(f"{part.name}.old")
+    os.replace(out, old)
+    try:
+        os.replace(part, out)
+    except OSError:
+        os.replace(old, out)
+        raise
+    shutil.rmtree(old)

@@ -69,11 +69,17 @@ class Output:
 
     def warn(self, text: str) -> None:
         """A line that must not be missed."""
-        click.echo(f"Warning: {text}", err=True)
+        self._line(f"Warning: {text}")
 
     def _talk(self, text: str) -> None:
         if self.format != "quiet":
+            self._line(text)
+
+    def _line(self, text: str) -> None:
+        if self._bars is None:
             click.echo(text, err=True)
+        else:  # above the bars, which are drawn again below it
+            self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def task(self, title: str, total: float | None = None, unit: str = "") -> Iterator[Task]:

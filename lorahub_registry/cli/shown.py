@@ -168,6 +168,8 @@ def _state(stored: StoredAdapter) -> str:
     record = stored.record
     if record.weights == "pickle":
         return f"a pickle, unread: lorareg convert {short_ref(stored)}"
+    if record.weights == "missing":
+        return f"its config alone is here, without weights: {record.local_path}"
     if record.local_path is None:
         return f"known from the Hub, not here: lorareg pull {short_ref(stored)}"
     return f"on this machine: {record.local_path}"

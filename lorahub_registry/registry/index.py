@@ -17,6 +17,7 @@ from lorahub_registry.registry.records import (
     RepoRecord,
     ScoreRecord,
     SkillRecord,
+    WeightsState,
 )
 
 
@@ -42,7 +43,6 @@ def record_of(
     """
     config = facts.config
     label = name or (subfolder or repo.name).rsplit("/", 1)[-1]
-    on_hub = facts.weights == "safetensors" and local_path is None
     named = (label, repo.name.rsplit("/", 1)[-1]) if repo.kind == "hub" else (label,)
     return AdapterRecord(
         repo=repo,
@@ -63,7 +63,7 @@ def record_of(
         bytes=facts.bytes,
         digest=digest,
         local_path=str(local_path) if local_path else None,
-        weights="pickle" if facts.weights == "pickle" else "listed" if on_hub else "local",
+        weights=_state(facts, local_path),
         description=card.description or card.title,
         config=config.raw,
         modules=tuple(
@@ -118,6 +118,14 @@ def files_of(folder: Path) -> tuple[FileRecord, ...]:
     """The files directly in ``folder`` with size and SHA-256; pickles are hashed, never loaded."""
     paths = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
     return tuple(FileRecord(p.name, p.stat().st_size, file_sha256(p)) for p in paths)
+
+
+def _state(facts: AdapterFacts, local_path: Path | None) -> WeightsState:
+    if facts.weights == "pickle":
+        return "pickle"
+    if local_path is None:
+        return "listed"
+    return "local" if facts.weights == "safetensors" else "missing"
 
 
 def _base(facts: AdapterFacts, card: Card, given: str | None) -> BaseRecord:

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 SkillSource = Literal["card", "dataset", "user", "measured"]
 RepoKind = Literal["hub", "local"]
-WeightsState = Literal["local", "listed", "pickle"]
+WeightsState = Literal["local", "listed", "pickle", "missing"]
 """``local``: the safetensors are on this machine; ``listed``: known from the Hub, not pulled;
-``pickle``: only a ``.bin`` is there, unread until converted."""
+``pickle``: only a ``.bin`` is there, unread until converted; ``missing``: a config alone."""
 
 
 @dataclass(frozen=True)
