@@ -89,6 +89,12 @@ def base_digest(folder: Path, *, progress: Progress = silent) -> str:
     return digest.hexdigest()
 
 
+def base_stamp(folder: Path) -> str:
+    """What changes when a base's files do, without reading them: names, sizes, times."""
+    found = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in weight_files(folder)]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
 def _name(folder: Path) -> str:
     """A folder's name where it names a model, else what its config remembers, else the path."""
     name, _ = infer_base(str(folder.resolve()))

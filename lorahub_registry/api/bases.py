@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lorahub_registry.adapters.base_files import BaseFacts, base_digest, read_base
+from lorahub_registry.adapters.base_files import BaseFacts, base_digest, base_stamp, read_base
 from lorahub_registry.errors import AmbiguousRef
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.refs import expand, looks_like_path
@@ -47,23 +47,29 @@ def resolve_base(
     """
     folder = expand(text, beside=beside)
     if looks_like_path(text) or (folder / "config.json").is_file():
-        facts = read_base(folder)
-        digest = base_digest(folder, progress=progress)
-        return ResolvedBase(replace(facts, digest=digest), folder, True)
+        return ResolvedBase(_facts(folder, None, None, registry, progress), folder, True)
     name, _, revision = text.partition("@")
     if "/" not in name:
         name = _by_family(name, registry)
     if (known := registry.base_folder(name)) is not None and not revision:
-        facts = replace(read_base(known, name=name), digest=base_digest(known, progress=progress))
-        return ResolvedBase(facts, known, True)
+        return ResolvedBase(_facts(known, name, None, registry, progress), known, True)
     from lorahub_registry.hub.base import pull_base
 
     settings = Settings.from_environment()
     folder, commit = pull_base(name, revision or None, settings=settings, progress=progress)
-    facts = read_base(folder, name=name, revision=commit)
-    return ResolvedBase(
-        replace(facts, digest=base_digest(folder, progress=progress)), folder, False
-    )
+    return ResolvedBase(_facts(folder, name, commit, registry, progress), folder)
+
+
+def _facts(
+    folder: Path, name: str | None, revision: str | None, registry: Registry, progress: Progress
+) -> BaseFacts:
+    """Facts with the digest, which is computed once for as long as the files do not change."""
+    facts, stamp = read_base(folder, name=name, revision=revision), base_stamp(folder)
+    digest = registry.known_digest(folder, stamp)
+    if digest is None:
+        digest = base_digest(folder, progress=progress)
+        registry.remember_digest(folder, stamp, digest)
+    return replace(facts, digest=digest)
 
 
 def _by_family(name: str, registry: Registry) -> str:

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import func, or_, select, update
+from sqlalchemy import func, insert, or_, select, update
 from sqlalchemy.engine import Connection
 
 from lorahub_registry.adapters.bases import BaseName, infer_base
 from lorahub_registry.registry.engine import insert_many
-from lorahub_registry.registry.schema import BaseAlias, BaseFamily, BaseModel
+from lorahub_registry.registry.schema import BaseAlias, BaseFamily, BaseFolder, BaseModel
 
 _FEW = 20
 
@@ -193,3 +193,13 @@ def _names(name: str) -> dict[str, Any]:
         "folded": name.casefold(),
         "last": name.rsplit("/", 1)[-1].casefold(),
     }
+
+
+def place(connection: Connection, folder: str, **values: Any) -> None:
+    """Note ``values`` of a folder that holds a base; the others stay."""
+    changed = connection.execute(
+        update(BaseFolder).where(BaseFolder.folder == folder).values(**values)
+    )
+    if not changed.rowcount:
+        row = {"folder": folder, "base_id": None, "stamp": "", "digest": "", **values}
+        connection.execute(insert(BaseFolder).values(**row))

@@ -146,7 +146,7 @@ def _unknown(connection: Connection, text: str) -> UnknownRef:
         hints.append(f"fetch it with: lorareg pull {text}")
     else:
         what = f"the registry knows no adapter or mixture called {text!r}"
-        hints.append("fill the registry with: lorareg sync")
+        hints.append("fill the registry with: lorareg add, pull or sync")
     return UnknownRef(what, hint="; ".join(hints) or "see what is there with: lorareg list")
 
 

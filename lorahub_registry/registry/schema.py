@@ -81,11 +81,7 @@ class BaseFamily(Base):
 
 
 class BaseModel(Base):
-    """A base model.
-
-    ``folded`` and ``last`` are the lower-case name and its last part; ``folder`` is where it is on
-    this machine, if it was composed on from a folder.
-    """
+    """A base model. ``folded`` and ``last`` are the lower-case name and its last part."""
 
     __tablename__ = "base_model"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -93,7 +89,22 @@ class BaseModel(Base):
     folded: Mapped[str] = mapped_column(unique=True)
     last: Mapped[str] = mapped_column(index=True)
     family_id: Mapped[int] = mapped_column(ForeignKey("base_family.id"), index=True)
-    folder: Mapped[str | None]
+
+
+class BaseFolder(Base):
+    """A folder of this machine that holds a base.
+
+    ``digest`` is that of its tensors while its files are as ``stamp`` says; ``base_id`` is set
+    where the folder is the user's own, so that the base is found by its name.
+    """
+
+    __tablename__ = "base_folder"
+    folder: Mapped[str] = mapped_column(primary_key=True)
+    base_id: Mapped[int | None] = mapped_column(
+        ForeignKey("base_model.id", ondelete="SET NULL"), index=True
+    )
+    stamp: Mapped[str]
+    digest: Mapped[str]
 
 
 class BaseAlias(Base):

@@ -32,6 +32,7 @@ from lorahub_registry.registry.records import (
 )
 from lorahub_registry.registry.schema import (
     Adapter,
+    BaseFolder,
     BaseModel,
     Mixture,
     Repo,
@@ -204,11 +205,19 @@ class Registry:
             return self._touched(connection, id_, changed)
 
     def place_base(self, name: str, folder: Path) -> None:
-        """Remember where a base is on this machine."""
+        """Remember that a folder of the user's holds the base called ``name``."""
         with self._writing() as connection:
             base_id = families.Bases(connection).resolve(name)
-            where = {"folder": str(folder)}
-            connection.execute(update(BaseModel).where(BaseModel.id == base_id).values(**where))
+            families.place(connection, str(folder), base_id=base_id)
+
+    def remember_digest(self, folder: Path, stamp: str, digest: str) -> None:
+        """Keep the digest of a base's tensors, as long as its files are as ``stamp`` says.
+
+        A registry that may not be written forgets it: that costs time only.
+        """
+        if engine.may_write(self.path):
+            with self._writing() as connection:
+                families.place(connection, str(folder), stamp=stamp, digest=digest)
 
     # Reading
 
@@ -273,11 +282,23 @@ class Registry:
 
     def base_folder(self, name: str) -> Path | None:
         """Where a base is on this machine; None where that is not known, or no longer true."""
-        query = select(BaseModel.folder).where(BaseModel.folded == name.casefold())
+        query = (
+            select(BaseFolder.folder)
+            .join(BaseModel, BaseModel.id == BaseFolder.base_id)
+            .where(BaseModel.folded == name.casefold())
+            .order_by(BaseFolder.folder)
+        )
         with engine.reading(self._engine) as connection:
-            folder = connection.scalar(query)
-        found = Path(folder) if folder else None
-        return found if found and (found / "config.json").is_file() else None
+            found = [Path(folder) for folder in connection.scalars(query)]
+        return next((folder for folder in found if (folder / "config.json").is_file()), None)
+
+    def known_digest(self, folder: Path, stamp: str) -> str | None:
+        """The digest of the base in ``folder``, if its files are still as ``stamp`` says."""
+        query = select(BaseFolder.digest).where(
+            BaseFolder.folder == str(folder), BaseFolder.stamp == stamp
+        )
+        with engine.reading(self._engine) as connection:
+            return connection.scalar(query) or None
 
     def bases_matching(self, text: str) -> tuple[str, ...]:
         """The known bases that a family name, id or path takes, by name."""

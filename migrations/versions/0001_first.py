@@ -149,7 +149,6 @@ def upgrade() -> None:
         sa.Column("folded", sa.String(), nullable=False),
         sa.Column("last", sa.String(), nullable=False),
         sa.Column("family_id", sa.Integer(), nullable=False),
-        sa.Column("folder", sa.String(), nullable=True),
         sa.PrimaryKeyConstraint("id", name="pk_base_model"),
         sa.UniqueConstraint("folded", name="uq_base_model_folded"),
         sa.ForeignKeyConstraint(
@@ -158,6 +157,21 @@ def upgrade() -> None:
     )
     op.create_index("ix_base_model_family_id", "base_model", ["family_id"])
     op.create_index("ix_base_model_last", "base_model", ["last"])
+    op.create_table(
+        "base_folder",
+        sa.Column("folder", sa.String(), nullable=False),
+        sa.Column("base_id", sa.Integer(), nullable=True),
+        sa.Column("stamp", sa.String(), nullable=False),
+        sa.Column("digest", sa.String(), nullable=False),
+        sa.PrimaryKeyConstraint("folder", name="pk_base_folder"),
+        sa.ForeignKeyConstraint(
+            ["base_id"],
+            ["base_model.id"],
+            name="fk_base_folder_base_id_base_model",
+            ondelete="SET NULL",
+        ),
+    )
+    op.create_index("ix_base_folder_base_id", "base_folder", ["base_id"])
     op.create_table(
         "target_name",
         sa.Column("name", sa.String(), nullable=False),

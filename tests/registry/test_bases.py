@@ -119,3 +119,12 @@ def test_the_folder_of_a_base_is_remembered_while_it_is_there(registry, tmp_path
     assert registry.base_folder("my-base") is None, "no config.json there, so no base"
     (folder / "config.json").write_text("{}")
     assert registry.base_folder("My-Base") == folder
+
+
+def test_the_digest_of_a_base_is_kept_while_its_files_do_not_change(registry, tmp_path):
+    folder = tmp_path / "my-base"
+    registry.remember_digest(folder, "as it was", "abc")
+    assert registry.known_digest(folder, "as it was") == "abc"
+    assert registry.known_digest(folder, "changed since") is None
+    registry.place_base("my-base", folder)
+    assert registry.known_digest(folder, "as it was") == "abc", "both facts are kept"

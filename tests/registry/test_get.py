@@ -92,9 +92,9 @@ def test_a_mixture_is_found_by_its_name(registry: Registry) -> None:
 @pytest.mark.parametrize(
     ("ref", "hint"),
     [
-        ("code-lorra", "did you mean code-lora?; .*lorareg sync"),
+        ("code-lorra", "did you mean code-lora?; .*lorareg add, pull or sync"),
         ("bob/code-lorra", "did you mean bob/code-lora?; .*lorareg pull bob/code-lorra"),
-        ("nothing-like-it", "lorareg sync"),
+        ("nothing-like-it", "lorareg add, pull or sync"),
         ("./nowhere", "lorareg list"),
     ],
 )
