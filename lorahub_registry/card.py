@@ -49,11 +49,28 @@ def write_card(folder: Path, *, repo: str | None = None) -> Path:
 
     Args:
         repo: the Hub id it will have, for the code that loads it.
+
+    Raises:
+        OutputError: the folder holds no whole mixture.
     """
-    path = folder / "README.md"
-    recipe = (folder / RECIPE_NAME).read_text("utf-8")
-    path.write_text(render(read_results(folder), recipe, repo=repo), encoding="utf-8")
+    path, facts = folder / "README.md", read_results(folder)
+    try:
+        recipe = (folder / RECIPE_NAME).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OutputError(f"{folder / RECIPE_NAME}: cannot be read ({error})") from None
+    path.write_text(render(facts, recipe, repo=repo), encoding="utf-8")
     return path
+
+
+def is_generated(folder: Path) -> bool:
+    """Whether the card in ``folder`` is as it was generated, for whatever repo; or is missing."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return True
+    text = path.read_text("utf-8", errors="replace")
+    named = re.search(r'from_pretrained\(base, "([^"]*)"\)', text)
+    recipe = (folder / RECIPE_NAME).read_text("utf-8")
+    return named is not None and text == render(read_results(folder), recipe, repo=named[1])
 
 
 def render(facts: Mapping[str, Any], recipe: str, *, repo: str | None = None) -> str:
@@ -74,7 +91,7 @@ def render(facts: Mapping[str, Any], recipe: str, *, repo: str | None = None) ->
         keep_trailing_newline=True,
         autoescape=False,  # Markdown: cells go through the filter below
     )
-    environment.filters["cell"] = cell
+    environment.filters |= {"cell": cell, "code": code, "fence": fence, "literal": literal}
     try:
         body = environment.get_template("mixture.md.jinja").render(
             **facts, recipe=recipe.rstrip("\n"), repo=repo or f"OWNER/{facts['name']}"
@@ -131,3 +148,21 @@ def cell(value: Any) -> str:
     """``value`` where Markdown and HTML mean nothing: fit for a table's cell."""
     text = "".join(c if c.isprintable() else " " for c in str(value))
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", text)
+
+
+def code(value: Any) -> str:
+    """``value`` as inline code that it cannot end."""
+    text = "".join(c if c.isprintable() else " " for c in str(value))
+    ticks = fence(text, least=1)
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{ticks}{pad}{text}{pad}{ticks}"
+
+
+def fence(text: str, least: int = 3) -> str:
+    """Backticks, more than stand in a row in ``text``."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
+
+
+def literal(value: Any) -> str:
+    """``value`` as a string of Python's, in one line."""
+    return json.dumps(str(value))

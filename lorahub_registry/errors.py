@@ -15,8 +15,7 @@
     ├── HubError                  what the Hub answered, or that it did not
     ├── LockError                 a file is not the one that was pinned
     ├── OutputError               where to write: exists, full, not allowed
-    ├── NotApplied                a written mixture that does nothing, or not what it should
-    └── MissingExtra              an optional dependency is not installed
+    └── NotApplied                a written mixture that does nothing, or not what it should
 
 Library code raises these; only ``cli/`` prints them. ``str(error)`` says what happened and to
 which file or repo; ``error.hint`` says what to do next.
@@ -110,13 +109,3 @@ class OutputError(LoraregError):
 
 class NotApplied(LoraregError):
     """A written mixture that changes nothing, or not what was computed."""
-
-
-class MissingExtra(LoraregError):
-    """An optional dependency is needed and not installed."""
-
-    def __init__(self, what: str, *, extra: str) -> None:
-        super().__init__(
-            f"{what} needs an optional dependency that is not installed",
-            hint=f"pip install 'lorareg[{extra}]'",
-        )

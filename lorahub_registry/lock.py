@@ -12,6 +12,7 @@ from lorahub_registry.errors import LockError
 
 LOCK_NAME = "lorareg.lock"
 _VERSION = 1
+_RECIPE = "recipe: another method, seed, coefficient, template or other setting"
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,13 @@ class Lock:
                 )
             return cls(
                 recipe=raw["recipe"],
-                base=Pin(**raw["base"]),
-                adapters={k: Pin(**v) for k, v in raw["adapters"].items()},
-                data={k: Pin(**v) for k, v in raw["data"].items()},
+                base=_pin(raw["base"]),
+                adapters={k: _pin(v) for k, v in raw["adapters"].items()},
+                data={k: _pin(v) for k, v in raw["data"].items()},
             )
         except FileNotFoundError:
             raise LockError(f"{path}: no such lock") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise LockError(f"{path}: not a lorareg lock ({error})") from None
 
     def check(self, now: Lock) -> None:
@@ -75,7 +76,8 @@ class Lock:
         Raises:
             LockError: names everything that differs.
         """
-        differs = [
+        differs = [] if self.recipe == now.recipe else [_RECIPE]
+        differs += [
             *_differ("base", self.base, now.base),
             *_differ_all("adapter", self.adapters, now.adapters),
             *_differ_all("data", self.data, now.data),
@@ -87,9 +89,17 @@ class Lock:
             )
 
 
+def _pin(raw: dict[str, Any]) -> Pin:
+    pin = Pin(**raw)
+    texts = (pin.ref, pin.revision or "", pin.digest or "", *pin.files, *pin.files.values())
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"a pin holds {texts!r}")
+    return pin
+
+
 def _differ_all(what: str, old: Mapping[str, Pin], new: Mapping[str, Pin]) -> list[str]:
-    found = [f"{what} {name}: not in the lock" for name in new.keys() - old.keys()]
-    found += [f"{what} {name}: in the lock only" for name in old.keys() - new.keys()]
+    found = [f"{what} {name}: not in the lock" for name in sorted(new.keys() - old.keys())]
+    found += [f"{what} {name}: in the lock only" for name in sorted(old.keys() - new.keys())]
     for name in sorted(old.keys() & new.keys()):
         found += _differ(f"{what} {name}", old[name], new[name])
     return found

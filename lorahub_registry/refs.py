@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 from lorahub_registry.errors import UsageError
 
@@ -93,13 +93,22 @@ def safe_part(part: str) -> bool:
     False for ``..``, absolute and UNC starts, NUL and control characters, backslashes, drive
     letters, and names that Windows reserves.
     """
-    if part in {"", ".", ".."} or len(part) > 200:
+    if part in {"", ".", ".."} or len(part) > 200 or not _storable(part):
         return False
-    if any(ord(c) < 32 or ord(c) == 127 or c in '/\\:*?"<>|' for c in part):
+    if any(ord(c) < 32 or 127 <= ord(c) < 160 or c in '/\\:*?"<>|' for c in part):
         return False
     if part != part.strip() or part.endswith("."):
         return False
-    return PureWindowsPath(part).stem.lower() not in _WINDOWS_RESERVED
+    # Windows means the device by nul.tar.gz, too.
+    return part.split(".")[0].rstrip().lower() not in _WINDOWS_RESERVED
+
+
+def _storable(part: str) -> bool:
+    """Whether file systems can hold it: 255 bytes of UTF-8, no half of a surrogate pair."""
+    try:
+        return len(part.encode()) <= 255
+    except UnicodeEncodeError:
+        return False
 
 
 def safe_path(path: str) -> bool:
@@ -128,4 +137,5 @@ def expand(path: str, *, beside: Path | None = None) -> Path:
     ``..`` is taken away by the words alone; links stay as they are, so that what a user sees as
     one place has one name.
     """
-    return Path(os.path.abspath((beside or Path.cwd()) / Path(path).expanduser()))
+    # A user whom nobody knows (~nobody/x) stays as it is written, and is then not found.
+    return Path(os.path.abspath((beside or Path.cwd()) / os.path.expanduser(path)))

@@ -45,9 +45,9 @@ class Settings:
 
 def _home(env: Mapping[str, str]) -> Path:
     if given := env.get("LORAREG_HOME"):
-        return Path(given).expanduser().absolute()
-    data = env.get("XDG_DATA_HOME")
-    return (Path(data) if data else Path.home() / ".local" / "share") / "lorareg"
+        return Path(os.path.expanduser(given)).absolute()
+    data = Path(env.get("XDG_DATA_HOME", ""))  # where it is relative, it does not count
+    return (data if data.is_absolute() else Path.home() / ".local" / "share") / "lorareg"
 
 
 def _true(value: str | None) -> bool:

@@ -81,6 +81,7 @@ def test_every_example_of_a_help_text_parses(path, command):
 
 def _parses(words):
     """Parse as the program would, without running anything."""
+    words = words[: words.index(">")] if ">" in words else words
     command, context, rest = cli, click.Context(cli), words[1:]
     while isinstance(command, click.Group):
         name = ALIASES.get(rest[0], rest[0])

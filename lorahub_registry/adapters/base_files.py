@@ -25,12 +25,14 @@ class BaseFacts:
         name: a Hub id, or what a folder's name says.
         shapes: tensor name → shape, as stored.
         digest: over all its tensors; None until :func:`base_digest` was asked.
+        bytes: of all its tensors, as stored.
     """
 
     name: str
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     revision: str | None = None
     digest: str | None = None
+    bytes: int = 0
 
     def shape_of(self, module: str) -> tuple[int, ...] | None:
         """Shape of ``module``'s weight; None where the checkpoint calls it something else.
@@ -57,12 +59,10 @@ def read_base(folder: Path, *, name: str | None = None, revision: str | None = N
             f"{folder}: no config.json there, so no base model",
             hint="give the folder that save_pretrained wrote, or a Hub id",
         )
-    shapes = {
-        tensor.name: tensor.shape
-        for file in weight_files(folder)
-        for tensor in read_header(file).tensors.values()
-    }
-    return BaseFacts(name or _name(folder), shapes, revision)
+    headers = [read_header(file) for file in weight_files(folder)]
+    shapes = {tensor.name: tensor.shape for h in headers for tensor in h.tensors.values()}
+    size = sum(header.data_bytes for header in headers)
+    return BaseFacts(name or _name(folder), shapes, revision, bytes=size)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -96,10 +96,5 @@ def base_stamp(folder: Path) -> str:
 
 
 def _name(folder: Path) -> str:
-    """A folder's name where it names a model, else what its config remembers, else the path."""
-    name, _ = infer_base(str(folder.resolve()))
-    try:
-        remembered = json.loads((folder / "config.json").read_text("utf-8")).get("_name_or_path")
-    except (ValueError, AttributeError):
-        remembered = None
-    return name or (remembered if isinstance(remembered, str) else "") or folder.name
+    """What the folder's name says; what its config remembers may be another model."""
+    return infer_base(str(folder.resolve()))[0] or folder.resolve().name

@@ -33,6 +33,12 @@ _NAMELESS = re.compile(
     r"|transformers?|default|pytorch|hf|weights|snapshots?|main|best|last|data)\Z",
     re.IGNORECASE,
 )
+# First parts of a path that say whose machine it was; the part after these names a person.
+_HOMES = frozenset({"home", "users", "mnt", "media", "nfs", "scratch"})
+_PLACES = frozenset(
+    """root tmp temp var usr opt srv data workspace workspaces content kaggle input working drive
+    mydrive gdrive local share cache volumes dbfs s3 gs work project projects""".split()
+)
 _LOCAL_ROOTS = frozenset(
     """model models checkpoint checkpoints ckpt ckpts output outputs out weights pretrained data
     base_model base_models base hf_models llm llms runs results tmp""".split()
@@ -109,6 +115,13 @@ def infer_base(declared: str | None) -> tuple[str | None, Inference]:
     if not is_local_base(text):
         return text, "declared"
     parts = [p for p in re.split(r"[\\/]+", text) if p not in {"", ".", "..", "~"}]
+    if parts and re.fullmatch(r"[A-Za-z]:", parts[0]):
+        parts = parts[1:]
+    if text[0] in "/\\" or ":" in text[:2]:
+        while parts and parts[0].lower() in _PLACES:
+            parts = parts[1:]
+        if parts and parts[0].lower() in _HOMES:
+            parts = parts[2:]
     named = [p for p in parts if not _NAMELESS.match(p)]
     if not named:
         return None, "unknown"

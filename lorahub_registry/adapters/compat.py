@@ -154,6 +154,12 @@ def _identity(member: Member, base: BaseFacts) -> str | None:
 
 
 def _shapes(member: Member, base: BaseFacts) -> None:
+    modules = member.facts.modules
+    if base.shapes and modules and all(base.shape_of(m.name) is None for m in modules):
+        raise IncompatibleAdapters(
+            f"{member.name} does not fit {base.name}: the base has no {modules[0].name}",
+            hint="the adapter was made for another base",
+        )
     for module in member.facts.modules:
         shape = base.shape_of(module.name)
         # Packed 4- and 8-bit weights are flat or hold several numbers a byte: no shape to compare.

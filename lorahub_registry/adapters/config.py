@@ -9,20 +9,28 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache
+from typing import Any, TypeVar
 
 from lorahub_registry.errors import BrokenAdapter, ForeignFormat
+
+T = TypeVar("T")
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20
 MAX_RANK = 1 << 16
 
 # A repeated group, as in (a+)+, is what makes a regular expression take for ever; so do many
-# unbounded repeats in a row. PEFT's own patterns need neither.
-_REPEATED_GROUP = re.compile(r"\)\s*[*+{?]")
-_UNBOUNDED = re.compile(r"(?<!\\)[*+]|\{\d*,\}?")
+# repeats, options or choices in a row: a?a?a?…aaa, (a|aa)(a|aa)…. PEFT's own patterns need neither.
+_ESCAPED = re.compile(r"\\.", re.DOTALL)
+_REPEATED_GROUP = re.compile(r"\)\s*[*+{?]|\(\?(?![:=!<])")
+_REPEAT = re.compile(r"[*+]|(?<!\()\?|\{\d*,")
+_MAX_REPEATS = _MAX_GROUPS = 3
+_MAX_STEPS = 1e9  # some seconds
+PEFT_ALPHA = 8.0  # what PEFT takes for a config without lora_alpha
 
 
 @dataclass(frozen=True)
@@ -63,11 +71,18 @@ class AdapterConfig:
     def alpha_of(self, module: str) -> float:
         """The alpha that the config gives ``module``."""
         alpha = self.alpha_pattern.get(_pattern(self.alpha_pattern, module), self.lora_alpha)
-        return 1.0 if alpha is None else float(alpha)
+        return PEFT_ALPHA if alpha is None else float(alpha)
 
     def scaling_of(self, module: str, rank: int) -> float:
         """What the product B·A is multiplied by: α/r, or α/√r with rsLoRA (arXiv:2312.03732)."""
         return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def can_match(self, modules: Collection[str]) -> bool:
+        """Whether its patterns can be tried on all of ``modules`` within seconds."""
+        exponents = [_repeats(p) for p in (*self.rank_pattern, *self.alpha_pattern)]
+        lengths = Counter(map(len, modules))
+        steps = sum(count * n**e for n, count in lengths.items() for e in exponents)
+        return steps <= _MAX_STEPS
 
 
 def parse_config(data: bytes | str, *, where: str) -> AdapterConfig:
@@ -106,8 +121,8 @@ def _checked(raw: dict[str, Any]) -> AdapterConfig:
         base_revision=_text(raw, "revision"),
         r=_rank("r", raw.get("r")),
         lora_alpha=_number("lora_alpha", raw.get("lora_alpha")),
-        rank_pattern={k: _rank(k, v) or 1 for k, v in _patterns(raw, "rank_pattern")},
-        alpha_pattern={k: _number(k, v) or 0.0 for k, v in _patterns(raw, "alpha_pattern")},
+        rank_pattern=_patterns(raw, "rank_pattern", _rank),
+        alpha_pattern=_patterns(raw, "alpha_pattern", _number),
         use_rslora=_flag(raw, "use_rslora"),
         use_dora=_flag(raw, "use_dora"),
         fan_in_fan_out=_flag(raw, "fan_in_fan_out"),
@@ -175,36 +190,59 @@ def _names(value: Any, key: str) -> tuple[str, ...]:
     return tuple(sorted(set(value)))
 
 
-def _patterns(raw: Mapping[str, Any], key: str) -> list[tuple[str, Any]]:
+def _patterns(
+    raw: Mapping[str, Any], key: str, read: Callable[[str, Any], T | None]
+) -> dict[str, T]:
     value = raw.get(key) or {}
     if not isinstance(value, dict):
         raise ValueError(f"{key} is {_short(value)}, not an object")
+    if str(raw["peft_type"]).upper().endswith("ADALORA"):
+        return {}  # its rank_pattern is a mask by tensor, no rank by module
+    found = {}
     for pattern in value:
+        bare = _ESCAPED.sub("x", pattern)
         if (
             len(pattern) > 256
-            or _REPEATED_GROUP.search(pattern)
-            or len(_UNBOUNDED.findall(pattern)) > 3
+            or _REPEATED_GROUP.search(bare)
+            or _repeats(pattern) > _MAX_REPEATS
+            or bare.count("(") > _MAX_GROUPS
         ):
             raise ValueError(f"{key} holds {_short(pattern)}, a pattern that may never end")
         try:
-            re.compile(pattern)
-        except re.error as error:
+            _compiled(pattern)
+        except (re.error, OverflowError) as error:
             raise ValueError(f"{key} holds {_short(pattern)}: {error}") from None
-    return list(value.items())
+        number = read(f"{key} of {_short(pattern)}", value[pattern])
+        if number is None:
+            raise ValueError(f"{key} of {_short(pattern)} is null, not a number")
+        found[pattern] = number
+    return found
+
+
+def _repeats(pattern: str) -> int:
+    return len(_REPEAT.findall(_ESCAPED.sub("x", pattern)))
+
+
+@lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """``pattern`` at the end of a module's name, by PEFT's own rule."""
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _pattern(patterns: Mapping[str, Any], module: str) -> str:
-    """The first pattern that matches the end of ``module``, by PEFT's own rule."""
-    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", module)), module)
+    """The first pattern that matches ``module``."""
+    return next((p for p in patterns if _compiled(p).match(module)), module)
 
 
 def _rank(key: str, value: Any) -> int | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{key} is {_short(value)}, not a whole number")
     if not 1 <= value <= MAX_RANK:
         raise ValueError(f"{key} is {_short(value)}, not a rank between 1 and {MAX_RANK}")
+    if value != int(value):
+        raise ValueError(f"{key} is {_short(value)}, not a whole number")
     return int(value)
 
 
@@ -227,7 +265,7 @@ def _text(raw: Mapping[str, Any], key: str) -> str | None:
     value = raw.get(key)
     if value is None:
         return None
-    if not isinstance(value, str) or len(value) > 4096 or "\0" in value:
+    if not isinstance(value, str) or len(value) > 4096 or re.search("[\0\ud800-\udfff]", value):
         raise ValueError(f"{key} is {_short(value)}, not a name")
     return value.strip() or None
 

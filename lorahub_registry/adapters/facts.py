@@ -190,6 +190,8 @@ def _modules(
         sides[module][match["side"]] = tensor
         conv = len(tensor.shape) > 2
         kinds[module] = "embedding" if match["embedding"] else "conv" if conv else "linear"
+    if not config.can_match(sides):
+        raise BrokenAdapter(f"{where}: its patterns would take too long on {len(sides)} modules")
     modules = tuple(
         _module(config, name, kinds[name], sides[name], where) for name in sorted(sides)
     )

@@ -12,7 +12,7 @@ import yaml
 MAX_FRONT_MATTER = 64 << 10
 MAX_CARD = 1 << 20
 _FRONT = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
-_NOISE = re.compile(r"<!--.*?-->|```.*?(?:```|\Z)|<[^<>\n]{0,300}>", re.DOTALL)
+_NOISE = re.compile(r"<!--.*?(?:-->|\Z)|```.*?(?:```|\Z)|<[^<>\n]{0,300}>", re.DOTALL)
 _NO_PROSE = re.compile(r"[#|!>=-]|\*(?!\*)|\d+[.)] |\[ ?\]\(")
 # Lines of the Hub's unfilled template and of trainers' generated cards: they say nothing.
 _BOILERPLATE = re.compile(
@@ -88,10 +88,11 @@ def _front_matter(text: str) -> tuple[dict[str, Any], str]:
         return {}, f"its front matter is larger than {MAX_FRONT_MATTER >> 10} KiB"
     try:
         loaded = yaml.load(match[1], _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        return {}, f"its front matter is not valid YAML ({str(error).splitlines()[0]})"
-    if loaded is None or isinstance(loaded, dict):
-        return {str(k): v for k, v in (loaded or {}).items()}, ""
+        if loaded is None or isinstance(loaded, dict):
+            return {str(k): v for k, v in (loaded or {}).items()}, ""
+    except Exception as error:  # PyYAML's constructors stumble over much (`!!bool foo`: KeyError)
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        return {}, f"its front matter is not valid YAML ({said})"
     return {}, "its front matter is no mapping"
 
 
@@ -150,7 +151,9 @@ def _get(value: Any, *keys: str) -> Any:
 def _strings(value: Any) -> tuple[str, ...]:
     """One text, or the texts of a list; whatever else is there is left out."""
     values = value if isinstance(value, list) else [value]
-    return tuple(v.strip()[:300] for v in values if isinstance(v, str) and v.strip())[:200]
+    # YAML can write half of a surrogate pair, which nothing can store.
+    texts = [re.sub("[\ud800-\udfff]", "\ufffd", v) for v in values if isinstance(v, str)]
+    return tuple(v.strip()[:300] for v in texts if v.strip())[:200]
 
 
 def _first(value: Any) -> str | None:

@@ -86,7 +86,7 @@ def parse_header(data: bytes, length: int, *, where: str) -> Header:
         raw = json.loads(data)
         if not isinstance(raw, dict):
             raise ValueError("not an object")
-        metadata = raw.pop("__metadata__", None) or {}
+        metadata = dict(raw.pop("__metadata__", None) or {})
         tensors = {name: _tensor(name, entry) for name, entry in raw.items()}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BrokenAdapter(f"{where}: its safetensors header cannot be read ({error})") from None

@@ -51,7 +51,9 @@ def resolve_base(
     name, _, revision = text.partition("@")
     if "/" not in name:
         name = _by_family(name, registry)
-    if (known := registry.base_folder(name)) is not None and not revision:
+    # A Hub id is asked of the Hub; only what has no owner may be a folder of the user's.
+    if "/" not in name and (known := registry.base_folder(name)) is not None and not revision:
+        progress.say(f"base {name}: {known}")
         return ResolvedBase(_facts(known, name, None, registry, progress), known, True)
     from lorahub_registry.hub.base import pull_base
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lorahub_registry.adapters.facts import find_adapters
-from lorahub_registry.errors import LoraregError, OutputError, UnknownRef
+from lorahub_registry.errors import BrokenAdapter, LoraregError, OutputError, UnknownRef
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.refs import expand, looks_like_path
 from lorahub_registry.registry.index import record_of_folder
@@ -67,7 +67,11 @@ def _folders(place: str, registry: Registry) -> list[Path]:
         return found
     if looks_like_path(place):
         raise UnknownRef(f"{place}: no such folder", hint="give a folder that holds adapters")
-    stored = registry.get(place)
+    try:
+        stored = registry.get(place)
+    except UnknownRef as error:
+        what = f"{place}: neither a folder nor an adapter that the registry knows"
+        raise UnknownRef(what, hint=error.hint) from None
     if stored.record.local_path is None:
         raise UnknownRef(
             f"{place} is known from the Hub and not on this machine",
@@ -77,6 +81,11 @@ def _folders(place: str, registry: Registry) -> list[Path]:
 
 
 def _add_one(folder: Path, base: str | None, registry: Registry, result: Added) -> None:
+    written = str(folder).encode("utf-8", "backslashreplace").decode()
+    if written != str(folder):
+        why = BrokenAdapter(f"{written}: its path is not UTF-8 text", hint="rename the folder")
+        result.refused.append((written, why))
+        return
     before = _known(folder, registry)
     try:
         if before is not None and before.record.repo.kind == "hub":

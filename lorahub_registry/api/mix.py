@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from lorahub_registry.adapters.compat import Member
 from lorahub_registry.api.output import new_folder
-from lorahub_registry.api.prepare import Prepared, agreed_license, pinned_recipe, prepare
+from lorahub_registry.api.prepare import (
+    Prepared,
+    agreed_license,
+    other_licenses,
+    pinned_recipe,
+    prepare,
+)
 from lorahub_registry.card import RECIPE_NAME, RESULTS_NAME, write_card
 from lorahub_registry.errors import LoraregError
 from lorahub_registry.lock import LOCK_NAME
@@ -132,9 +139,20 @@ def _results(ready: Prepared, loaded: LoadedBase, made: Composition) -> dict[str
     found["base"]["digest"] = ready.base.facts.digest
     found["notes"] += [f"allow_base: {note}" for note in ready.notes]
     found["license"] = agreed_license(recipe, ready.members)
+    if overridden := other_licenses(recipe, ready.members):
+        found["notes"].append(f"the recipe says {found['license']}, but {overridden}")
     found["task"] = _task(recipe)
     found["datasets"] = sorted({d for m in ready.members for d in _datasets(m)})
-    return found
+    return _finite(found)
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with null where JSON has no word: the error over one row, a loss that overflows."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _datasets(member: Member) -> list[str]:
@@ -150,12 +168,15 @@ def _datasets(member: Member) -> list[str]:
 
 
 def _task(recipe: Recipe) -> str:
-    """What the test set is called: its file's name, or its folder's where that says nothing."""
+    """What the test set is called: its file, or where that says nothing its folder or recipe."""
     if recipe.data.test is None:
         return recipe.name
     path = Path(recipe.data.test.path)
-    plain = path.stem.lower() in _PLAIN_STEMS and path.parent.name not in {"", ".", ".."}
-    return path.parent.name if plain else path.stem
+    if path.stem.lower() not in _PLAIN_STEMS:
+        return path.stem
+    # The folder of a path from the root or from home may be a person's name.
+    own = not path.is_absolute() and not recipe.data.test.path.startswith("~")
+    return path.parent.name if own and path.parent.name not in {"", ".", ".."} else recipe.name
 
 
 def _write_papers(folder: Path, ready: Prepared, results: dict[str, Any]) -> None:
@@ -193,7 +214,7 @@ def _enter(ready: Prepared, results: dict[str, Any], registry: Registry) -> Stor
         members=tuple(members),
     )
     stored = registry.add_mixture(record, lineage)
-    if ready.base.local and ready.base.folder is not None:
+    if ready.base.local and ready.base.folder is not None and "/" not in facts.name:
         registry.place_base(facts.name, ready.base.folder)
     keys = {"mixture": stored.ref, **{m.name: m.key for m in ready.members}}
     for row in results.get("test", ()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import tempfile
@@ -49,9 +50,11 @@ def new_folder(out: Path, *, force: bool) -> Iterator[Path]:
     Raises:
         OutputError: the place cannot be written.
     """
+    out = Path(os.path.realpath(out))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        _sweep(out)
+        part = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.{os.getpid()}."))
     except OSError as error:
         raise OutputError(f"{out} cannot be written: {error.strerror}") from None
     try:
@@ -77,7 +80,31 @@ def _put(part: Path, out: Path) -> None:
     os.replace(out, old)
     try:
         os.replace(part, out)
-    except OSError:
+    except BaseException:  # also when the user interrupts it here
         os.replace(old, out)
         raise
     shutil.rmtree(old)
+
+
+def _sweep(out: Path) -> None:
+    """Delete what killed processes left beside ``out``; what they had replaced is put back."""
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*.*"):
+        pid = left.name[len(out.name) + 2 :].split(".")[0]
+        if not pid.isdigit() or _alive(int(pid)):
+            continue
+        if left.name.endswith(".old") and not out.exists():
+            os.replace(left, out)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    if os.name != "posix":
+        return True  # there is no harmless way to ask
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -28,8 +28,9 @@ def plan(
     """Check a recipe to the end, and estimate what running it would take.
 
     Tokens are counted with the base's own tokenizer; the speed is measured, on this machine, by
-    a matrix product of the base's width. Memory counts the base, every adapter in float32, the
-    stacked factors and the kept copies of changed weights.
+    a matrix product of the base's width. Memory counts the base, every adapter in float32 with
+    its stacked factors and their sum, and the kept copies of float32 weights. A base or adapter
+    from the Hub that is not here yet is pulled.
 
     Raises:
         LoraregError: whatever would stop the run.
@@ -52,7 +53,9 @@ def _estimate(ready: Prepared) -> dict[str, Any]:
     forwards = evaluations * train + models * test
     adapters = sum(m.facts.parameters or 0 for m in ready.members) * 4
     changed = {m.name: m.fan_in * m.fan_out for a in ready.members for m in a.facts.modules}
-    each = _BYTES.get(recipe.dtype, 4)
+    # A number as it is stored, unless the recipe says otherwise; copies only of float32 weights.
+    each = _BYTES.get(recipe.dtype) or ready.base.facts.bytes / max(1, parameters)
+    copies = sum(changed.values()) * 4 if each == 4 else 0
     return {
         "name": recipe.name,
         "base": ready.base.facts.name,
@@ -68,7 +71,7 @@ def _estimate(ready: Prepared) -> dict[str, Any]:
         "models": models,
         "test_rows": len(ready.test),
         "test_tokens": test,
-        "memory_bytes": parameters * each + 2 * adapters + sum(changed.values()) * each,
+        "memory_bytes": round(parameters * each) + 3 * adapters + copies,
         "device": device,
         "gflops": gflops,
         "seconds": 2 * parameters * forwards / (gflops * 1e9),

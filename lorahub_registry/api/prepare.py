@@ -123,6 +123,14 @@ def agreed_license(recipe: Recipe, members: Sequence[Member]) -> str | None:
     )
 
 
+def other_licenses(recipe: Recipe, members: Sequence[Member]) -> str:
+    """Who says another licence than the recipe does; "" where nobody does."""
+    wanted = (recipe.declared_license or "").lower()
+    said = [(m.name, (m.license or "").strip().lower()) for m in members]
+    others = [f"{name} says {text}" for name, text in said if wanted and text not in {"", wanted}]
+    return ", ".join(others)
+
+
 def _given_base(name: str, base: tuple[Any, Any]) -> ResolvedBase:
     model, _ = base
     text, _, revision = name.partition("@")
@@ -139,7 +147,7 @@ def _lock(file: RecipeFile, base: ResolvedBase, members: Sequence[Member]) -> Lo
             path = file.resolve(spec.path)
             data[split] = Pin(path.name, files={path.name: file_sha256(path)})
     return Lock(
-        recipe=digest(pinned_recipe(recipe, base, members)),
+        recipe=_settings_digest(pinned_recipe(recipe, base, members)),
         base=Pin(base.facts.name, base.facts.revision, digest=base.facts.digest),
         adapters={
             m.name: Pin(
@@ -152,6 +160,12 @@ def _lock(file: RecipeFile, base: ResolvedBase, members: Sequence[Member]) -> Lo
         },
         data=data,
     )
+
+
+def _settings_digest(recipe: Recipe) -> str:
+    """Over all that decides what is computed: not where it is written or published."""
+    output = recipe.output.model_copy(update={"path": "anywhere"})
+    return digest(recipe.model_copy(update={"output": output, "publish": None, "license": None}))
 
 
 def pinned_recipe(recipe: Recipe, base: ResolvedBase, members: Sequence[Member]) -> Recipe:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorahub_registry.card import read_results, write_card
-from lorahub_registry.errors import OutputError, RecipeError, UnknownRef
+from lorahub_registry.card import is_generated, read_results, write_card
+from lorahub_registry.errors import RecipeError, UnknownRef
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.refs import expand, looks_like_path
 from lorahub_registry.registry.store import Registry
@@ -80,9 +80,14 @@ def push(
             f"{facts['name']}: its licence is unknown, and the unknown is not published",
             hint="say it in the recipe (license: …), and compose again with --force",
         )
-    if str(facts["base"]["name"]).startswith(("/", ".", "~")):
-        raise OutputError(f"{facts['name']}: its base is a path of this machine")
-    if not dry_run:
+    if not facts["base"]["revision"]:
+        progress.warn(
+            f"its base, {facts['base']['name']}, is a folder of yours: others can load the mixture "
+            "only if they have it; the card says so"
+        )
+    if not is_generated(folder):
+        progress.say("README.md was edited by hand: it is published as it is")
+    elif not dry_run:
         write_card(folder, repo=repo)
     return commit(
         folder,

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from lorahub_registry.adapters.compat import Member
+from lorahub_registry.adapters.config import CONFIG_NAME
 from lorahub_registry.adapters.facts import read_facts
 from lorahub_registry.api.index import refreshed
 from lorahub_registry.errors import AmbiguousRef, LockError, RecipeError, UnknownRef
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.recipes import Recipe, RefEntry
-from lorahub_registry.recipes.entries import SearchEntry
+from lorahub_registry.recipes.entries import RESERVED, SearchEntry
 from lorahub_registry.refs import AdapterRef, expand, looks_like_path
 from lorahub_registry.registry.index import record_of_folder
-from lorahub_registry.registry.records import Query, StoredAdapter
+from lorahub_registry.registry.records import AdapterRecord, Query, StoredAdapter
 from lorahub_registry.registry.store import Registry
 from lorahub_registry.settings import Settings
-
-_RESERVED = frozenset({"base", "mixture", "uniform"})
 
 
 def resolve_members(
@@ -29,7 +28,6 @@ def resolve_members(
     beside: Path,
     base: str,
     registry: Registry,
-    pull: bool = True,
     progress: Progress = silent,
 ) -> list[Member]:
     """Every adapter of ``recipe``, searches resolved, in the recipe's order.
@@ -37,7 +35,6 @@ def resolve_members(
     Args:
         beside: what the recipe's relative paths count from.
         base: the resolved base's name, for searches.
-        pull: get what is not on this machine; else that is an error.
 
     Raises:
         UnknownRef, AmbiguousRef: an adapter that cannot be found, or not told apart.
@@ -52,7 +49,7 @@ def resolve_members(
             found.append((entry, _find(entry.ref, beside, registry, progress)))
     members: list[Member] = []
     for entry, stored in found:
-        member = _member(entry, _here(stored, registry, pull, progress), registry, progress)
+        member = _member(entry, _here(stored, registry, progress), registry, progress)
         if any(member.folder == m.folder for m in members):
             raise RecipeError(
                 f"{member.ref} stands twice among the adapters",
@@ -103,26 +100,29 @@ def _searched(
             peft_type=search.peft_type,
             min_scores=search.min_score,
             sort=search.sort,
-            limit=entry.limit,
+            # Mixtures are left out below: a recipe must not find what it made itself.
+            limit=entry.limit + registry.counts()["mixtures"],
         )
     )
-    if not answer.adapters:
+    found = [a for a in map(_whole(registry), answer.adapters) if a.mixture is None]
+    found = found[: entry.limit]
+    if not found:
         raise RecipeError(
             f"the search among the recipe's adapters finds nothing for the base {base}",
             hint=f"lorareg sync --base {base}, or lorareg add FOLDER, fills the registry",
         )
-    progress.say(f"search took {', '.join(a.record.name for a in answer.adapters)}")
-    return [(RefEntry(ref=a.record.name), registry.get(a.ref)) for a in answer.adapters]
+    progress.say(f"search took {', '.join(a.record.name for a in found)}")
+    return [(RefEntry(ref=a.record.name), a) for a in found]
 
 
-def _here(
-    stored: StoredAdapter, registry: Registry, pull: bool, progress: Progress
-) -> StoredAdapter:
+def _whole(registry: Registry) -> Callable[[StoredAdapter], StoredAdapter]:
+    return lambda stored: registry.get(stored.ref)
+
+
+def _here(stored: StoredAdapter, registry: Registry, progress: Progress) -> StoredAdapter:
     """The same adapter with its files on this machine."""
     if stored.record.local_path is not None:
         return stored
-    if not pull:
-        raise UnknownRef(f"{stored.ref} is not on this machine", hint=f"lorareg pull {stored.ref}")
     from lorahub_registry.hub.pull import pull as get
 
     settings = Settings.from_environment()
@@ -136,10 +136,10 @@ def _member(
     now = refreshed(stored, progress=progress)
     record = stored.record
     local = record.repo.kind == "local"
-    if now.digest != record.digest:
+    if now.digest != record.digest or _config_sha(now) != _config_sha(record):
         if not local:
             raise LockError(
-                f"{stored.ref}: its tensors are not those that were pulled",
+                f"{stored.ref}: its files are not those that were pulled",
                 hint=f"delete its files and pull again: lorareg remove {stored.ref} --files",
             )
         progress.warn(f"{record.name}: its files changed since it was indexed; indexed again")
@@ -163,9 +163,14 @@ def _member(
     )
 
 
+def _config_sha(record: AdapterRecord) -> str | None:
+    """Of adapter_config.json: its alpha and patterns scale the tensors."""
+    return next((f.sha256 for f in record.files if f.name == CONFIG_NAME), None)
+
+
 def _named(members: Sequence[Member], entries: Sequence[RefEntry]) -> list[Member]:
     """Names fit for tables and files, no two alike; explicit ones stay as they are."""
-    taken = {e.name for e in entries if e.name} | _RESERVED
+    taken = {e.name for e in entries if e.name} | RESERVED
     named = []
     for member, entry in zip(members, entries, strict=True):
         name = member.name
@@ -173,7 +178,7 @@ def _named(members: Sequence[Member], entries: Sequence[RefEntry]) -> list[Membe
             slug = re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("-._+") or "adapter"
             slug = f"a{slug}" if slug.isdigit() else slug
             name, number = slug, 2
-            while name in taken:
+            while name.lower() in RESERVED or name in taken:
                 name, number = f"{slug}-{number}", number + 1
             taken.add(name)
         named.append(replace(member, name=name))

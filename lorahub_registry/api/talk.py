@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lorahub_registry.adapters.compat import Member, check_base, check_sum
 from lorahub_registry.adapters.facts import read_facts
 from lorahub_registry.api.bases import ResolvedBase, resolve_base
-from lorahub_registry.card import RECIPE_NAME
+from lorahub_registry.card import RECIPE_NAME, RESULTS_NAME
 from lorahub_registry.errors import BaseModelError, UnknownRef, UsageError
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.refs import expand, looks_like_path
@@ -74,7 +74,16 @@ def load(
     from peft import PeftModel
 
     folder, record = _record(str(ref), registry)
-    loaded = _load_base(record, base, device, dtype, registry, progress)
+    member = _member(folder, record)
+    check_sum([member])
+    found: tuple[Any, Any] | ResolvedBase
+    if isinstance(base, tuple):
+        found = base
+    else:
+        found = _find_base(record, base, registry, progress)
+        for passed in check_base([member], found.facts, allow=base is not None):
+            progress.warn(passed)
+    loaded = _load_base(record, found, device, dtype, progress)
     model = PeftModel.from_pretrained(loaded.model, str(folder), adapter_name="adapter")
     return Loaded(record.name, model.eval(), loaded.tokenizer, _template(folder), loaded)
 
@@ -119,8 +128,9 @@ def generate(
     present = [m for m in members if m is not None]
     check_sum(present)
     found = _find_base(record, base, registry, progress)
-    check_base(present, found.facts, allow=base is not None)
-    loaded = _load_base(record, found, device, dtype, registry, progress)
+    for passed in check_base(present, found.facts, allow=base is not None):
+        progress.warn(passed)
+    loaded = _load_base(record, found, device, dtype, progress)
     prompt = template or _template(folder)
     answers: list[dict[str, str]] = [{} for _ in texts]
     with (
@@ -210,32 +220,34 @@ def _find_base(
 
 def _load_base(
     record: AdapterRecord,
-    base: str | tuple[Any, Any] | ResolvedBase | None,
+    base: tuple[Any, Any] | ResolvedBase,
     device: str,
     dtype: str,
-    registry: Registry,
     progress: Progress,
 ) -> LoadedBase:
     from lorahub_registry.evaluate.base import adopt, load_base
 
     if isinstance(base, tuple):
         return adopt(*base, name=record.base.name or "base")
-    found = base if isinstance(base, ResolvedBase) else _find_base(record, base, registry, progress)
-    assert found.folder is not None
-    with progress.task(f"Loading {found.facts.name}"):
+    assert base.folder is not None
+    with progress.task(f"Loading {base.facts.name}"):
         return load_base(
-            found.folder,
-            name=found.facts.name,
-            revision=found.facts.revision,
+            base.folder,
+            name=base.facts.name,
+            revision=base.facts.revision,
             device=device,
             dtype=dtype,
         )
 
 
 def _template(folder: Path) -> str:
-    """The template of the recipe beside a mixture; the default for any other adapter."""
+    """The template of the recipe beside a mixture; the default for any other adapter.
+
+    A ``recipe.yaml`` without results beside it is some other tool's.
+    """
     from lorahub_registry.recipes import load as load_recipe
     from lorahub_registry.recipes.template import DEFAULT
 
     path = folder / RECIPE_NAME
-    return load_recipe(path).recipe.data.template if path.is_file() else DEFAULT
+    ours = path.is_file() and (folder / RESULTS_NAME).is_file()
+    return load_recipe(path).recipe.data.template if ours else DEFAULT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import click
@@ -15,11 +16,12 @@ def _scores(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> d
     for text in values:
         task, equals, value = text.rpartition("=")
         try:
-            found[task] = float(value)
+            number = float(value)
         except ValueError:
-            equals = ""
-        if not task or not equals:
+            number = math.nan
+        if not task or not equals or math.isnan(number):
             raise click.BadParameter(f"{text!r} is not TASK=NUMBER, as gsm8k=40")
+        found[task] = number
     return found
 
 
@@ -36,7 +38,8 @@ def _scores(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> d
     help="A score that it must reach; may be repeated.",
 )  # fmt: skip
 @click.option("--sort", metavar="KEY", help="downloads, updated, rank, name or score:TASK.")
-@click.option("--limit", default=20, show_default=True, help="How many to show.")
+@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True,
+              help="How many to show.")  # fmt: skip
 @with_output
 def search(
     text: str,
@@ -94,7 +97,7 @@ def search(
 @click.command("list")
 @click.option("--mixtures", is_flag=True, help="Only what was composed here.")
 @click.option("--local", is_flag=True, help="Only what is on this machine.")
-@click.option("--limit", default=None, type=int, help="How many to show.")
+@click.option("--limit", type=click.IntRange(min=1), help="How many to show.")
 @with_output
 def list_(mixtures: bool, local: bool, limit: int | None, out: Output) -> None:
     """List what the registry knows.
@@ -172,7 +175,7 @@ def pull(ref: str, base: str | None, all_files: bool, dry_run: bool, out: Output
         ]
         out.table(rows, {"ref": "<", "files": ">", "size": ">"}, quiet="ref")
         missing = size(result.missing_bytes)
-        out.say(f"{len(rows)} adapters at {result.commit[:12]}; {missing} would be downloaded")
+        out.say(f"{_adapters(rows)} at {result.commit[:12]}; {missing} would be downloaded")
         return
     rows = [
         {
@@ -185,9 +188,8 @@ def pull(ref: str, base: str | None, all_files: bool, dry_run: bool, out: Output
         for a in result.adapters
     ]
     out.table(rows, {"path": "<"}, quiet="path")
-    count = len(rows)
-    out.done(f"{count} {'adapter' if count == 1 else 'adapters'} of {result.repo} "
-             f"at {result.commit[:12]}, {size(result.total_bytes)}")  # fmt: skip
+    where = f"{result.repo} at {result.commit[:12]}"
+    out.done(f"{_adapters(rows)} of {where}, {size(result.total_bytes)}")
 
 
 @click.command()
@@ -224,6 +226,10 @@ def sync(bases: tuple[str, ...], author: str | None, limit: int | None, out: Out
         )
     columns = {"base": "<", **dict.fromkeys(list(rows[0])[1:], ">")}
     out.table(rows, columns, quiet="base")
+
+
+def _adapters(rows: list[dict[str, Any]]) -> str:
+    return f"{len(rows)} {'adapter' if len(rows) == 1 else 'adapters'}"
 
 
 def _how_to_fill(out: Output, base: str | None) -> None:

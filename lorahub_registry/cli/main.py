@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import signal
 import sys
 from typing import Any, NoReturn
 
@@ -11,6 +12,7 @@ import click
 
 from lorahub_registry import __version__
 from lorahub_registry.cli import find, mix, prove, publish, registry, weights
+from lorahub_registry.cli.output import lines
 from lorahub_registry.errors import LoraregError
 from lorahub_registry.settings import Settings
 
@@ -61,6 +63,7 @@ class Main(click.Group):
             raise click.UsageError(f"{error.message} Did you mean {near[0]!r}?", ctx) from None
 
     def invoke(self, ctx: click.Context) -> Any:
+        signal.signal(signal.SIGTERM, _terminated)
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
@@ -68,7 +71,7 @@ class Main(click.Group):
         except LoraregError as error:
             _fail(str(error), error.hint, error.exit_code)
         except KeyboardInterrupt:
-            again = "what was there before is unchanged; the same command starts or resumes it"
+            again = "nothing half-done is left; the same command starts it again (pull goes on)"
             _fail("interrupted", again, 130)
         except Exception as error:
             _fail(
@@ -81,10 +84,14 @@ class Main(click.Group):
 def _fail(text: str, hint: str | None, code: int) -> NoReturn:
     if Settings.from_environment().debug:
         raise
-    click.echo(f"Error: {text}", err=True)
+    click.echo(f"Error: {lines(text)}", err=True)
     if hint:
-        click.echo(f"Hint: {hint}", err=True)
+        click.echo(f"Hint: {lines(hint)}", err=True)
     sys.exit(code)
+
+
+def _terminated(*_: object) -> NoReturn:
+    raise KeyboardInterrupt  # so that SIGTERM cleans up as Ctrl-C does
 
 
 def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:

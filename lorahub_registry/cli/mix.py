@@ -21,7 +21,7 @@ from lorahub_registry.cli.output import Output, clean, size, with_output
 def compose(
     recipe: Path, dry_run: bool, no_push: bool, force: bool, lock: Path | None, out: Output
 ) -> None:
-    """Mix adapters by a recipe, prove the mixture, and publish it if the recipe says so.
+    """Mix adapters by a recipe, prove the mixture, publish it if asked to.
 
     Learns or takes the coefficients, writes a plain PEFT adapter with its card, scores it
     against the base, every single adapter and the uniform average, and says in words whether it
@@ -49,8 +49,6 @@ def compose(
         )
     facts = {"path": str(mixture.path), "url": mixture.url, **mixture.results}
     out.record(facts, proof_page(mixture.results), quiet=str(mixture.path))
-    if not mixture.verdict:
-        out.warn("not evaluated: the recipe names no data.test")
     out.done(
         f"written to {mixture.path}" + (f", published at {mixture.url}" if mixture.url else "")
     )
@@ -80,7 +78,12 @@ def validate(file: Path, out: Output) -> None:
 
 @recipe.command()
 def schema() -> None:
-    """Print the JSON schema of recipes, for editors."""
+    """Print the JSON schema of recipes, for editors.
+
+    \b
+    Example:
+      lorareg recipe schema > recipe.schema.json
+    """
     import json
 
     from lorahub_registry.recipes import json_schema
@@ -91,7 +94,8 @@ def schema() -> None:
 @click.command()
 @click.option("--out", "folder", type=click.Path(path_type=Path), default="quickstart",
               show_default=True, help="The folder that it makes.")  # fmt: skip
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
+              help="Of everything that is random.")  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace an earlier quickstart there.")
 @with_output
 def quickstart(folder: Path, seed: int, force: bool, out: Output) -> None:
@@ -100,6 +104,10 @@ def quickstart(folder: Path, seed: int, force: bool, out: Output) -> None:
     Trains a tiny base and six adapters on sentences that it makes itself, registers them in a
     registry of their own, mixes them for a task that none was trained on, proves the mixture
     and lets it talk.
+
+    \b
+    Example:
+      lorareg quickstart --out demo
     """
     from lorahub_registry.api.quickstart import quickstart as run
 
@@ -123,7 +131,9 @@ def proof_page(results: dict[str, Any]) -> str:
         exact = results["test"][0]["exact_match"] is not None
         lines += ["", f"{'':<{wide}}  {'NLL':>8}  {'':>8}{'  EXACT' if exact else ''}"]
         for row in results["test"]:
-            text = f"{row['name']:<{wide}}  {row['nll']:8.4f}  ±{row['nll_stderr']:7.4f}"
+            error = row["nll_stderr"]  # None over a single row
+            text = f"{row['name']:<{wide}}  {row['nll']:8.4f}  "
+            text += f"±{error:7.4f}" if error is not None else " " * 8
             lines.append(text + (f"  {row['exact_match']:5.1%}" if exact else ""))
         lines += [f"on {results['test'][0]['n']} held-out rows of {clean(results['task'])}", ""]
         lines.append(f"{results['name']} {results['verdict']['text']}")

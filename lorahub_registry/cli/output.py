@@ -45,7 +45,7 @@ class Output:
             click.echo(json.dumps([dict(row) for row in rows], ensure_ascii=False))
         elif self.format == "quiet":
             for row in rows:
-                click.echo(str(row[quiet]))
+                click.echo(clean(" ".join(str(row[quiet]).split())))
         else:
             for line in _aligned(rows, columns):
                 click.echo(line)
@@ -76,6 +76,7 @@ class Output:
             self._line(text)
 
     def _line(self, text: str) -> None:
+        text = lines(text)
         if self._bars is None:
             click.echo(text, err=True)
         else:  # above the bars, which are drawn again below it
@@ -156,6 +157,11 @@ def clean(value: Any) -> str:
     """``value`` as one line without control characters: nothing of a repo steers a terminal."""
     text = "" if value is None else str(value)
     return "".join(c if c.isprintable() else "�" for c in text)
+
+
+def lines(text: str) -> str:
+    """``text`` with its line breaks, and no other control character."""
+    return "\n".join(clean(line) for line in text.split("\n"))
 
 
 def _aligned(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> list[str]:

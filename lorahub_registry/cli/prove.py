@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 import click
 
-from lorahub_registry.cli.output import Output, with_output
+from lorahub_registry.cli.output import Output, clean, lines, with_output
 from lorahub_registry.errors import UsageError
 
 
@@ -14,7 +15,7 @@ from lorahub_registry.errors import UsageError
 @click.argument("ref")
 @click.option("--task", required=True, help="What was measured: gsm8k, my-task.")
 @click.option("--metric", required=True, help="How: accuracy, nll, exact_match.")
-@click.option("--value", required=True, type=float)
+@click.option("--value", required=True, type=float, help="The number itself.")
 @click.option("--dataset", default="", help="On which data.")
 @click.option("--n", type=click.IntRange(min=1), help="On how many rows.")
 @click.option("--few-shot", type=click.IntRange(min=0), help="With how many examples.")
@@ -41,6 +42,10 @@ def score(
     from lorahub_registry.registry.records import ScoreRecord
     from lorahub_registry.registry.store import Registry
 
+    if not task.strip() or not metric.strip():
+        raise UsageError("a score needs a task and a metric", hint="--task gsm8k --metric accuracy")
+    if stderr is not None and not 0 <= stderr < math.inf:
+        raise UsageError(f"{stderr:g} is no standard error", hint="leave --stderr out")
     said = ScoreRecord(task, metric, value, dataset, n, few_shot, stderr, source="user")
     with Registry(progress=out) as registry:
         stored = registry.score(ref, said)
@@ -57,13 +62,17 @@ def score(
 )
 @click.option("--base", help="Where its base is: a folder or a Hub id.")
 @click.option("--template", help="Jinja over `input`, or chat; default: its recipe's own.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True,
+              help="The longest answer.")  # fmt: skip
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True,
               help="0 takes the likeliest token.")  # fmt: skip
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
+              help="Of the sampling.")  # fmt: skip
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto",
+              show_default=True, help="Where the base runs.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-              default="auto")  # fmt: skip
+              default="auto", show_default=True,
+              help="The base's compute type; auto: as it is stored.")  # fmt: skip
 @with_output
 def generate(
     ref: str,
@@ -115,7 +124,20 @@ def generate(
         for text, named in zip(texts, answers, strict=True)
         for name, answer in named.items()
     ]
-    out.table(rows, {"prompt": "<", "name": "<", "text": "<"}, quiet="text")
+    if out.format == "human":
+        click.echo("\n\n".join(_side_by_side(*pair) for pair in zip(texts, answers, strict=True)))
+    else:
+        out.table(rows, {}, quiet="text")
+
+
+def _side_by_side(prompt: str, answers: dict[str, str]) -> str:
+    """A prompt, and below it who says what; long answers go on below their name."""
+    wide = max(map(len, answers))
+    told = [clean(prompt)]
+    for name, answer in answers.items():
+        first, *rest = lines(answer).split("\n")
+        told += [f"  {name:<{wide}}  {first}", *(f"  {'':<{wide}}  {line}" for line in rest)]
+    return "\n".join(told)
 
 
 COMMANDS: list[click.Command] = [generate, score]

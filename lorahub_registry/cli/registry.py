@@ -101,7 +101,12 @@ def db() -> None:
 @db.command()
 @with_output
 def path(out: Output) -> None:
-    """Print where the registry is."""
+    """Print where the registry is.
+
+    \b
+    Example:
+      lorareg db path
+    """
     from lorahub_registry.settings import Settings
 
     found = str(Settings.from_environment().database)
@@ -111,7 +116,12 @@ def path(out: Output) -> None:
 @db.command()
 @with_output
 def status(out: Output) -> None:
-    """Show revision, size and counts."""
+    """Show revision, size and counts.
+
+    \b
+    Example:
+      lorareg db status --json
+    """
     from lorahub_registry.registry import migrate
     from lorahub_registry.registry.store import Registry
     from lorahub_registry.settings import Settings
@@ -152,7 +162,12 @@ def backup(to: Path, out: Output) -> None:
 @db.command()
 @with_output
 def upgrade(out: Output) -> None:
-    """Bring the registry to this program's revision; an older file is copied first."""
+    """Bring the registry to this program's revision; a copy is kept.
+
+    \b
+    Example:
+      lorareg db upgrade
+    """
     from lorahub_registry.registry import migrate
     from lorahub_registry.settings import Settings
 

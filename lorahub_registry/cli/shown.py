@@ -109,6 +109,8 @@ def page(stored: StoredAdapter, used_in: list[str]) -> str:
     how = {"declared": "", "given": " (given by the user)", "unknown": " (unknown)"}.get(
         record.base.how, f" (inferred; its config says {clean(record.base.declared)})"
     )
+    if stored.mixture is not None:
+        how = ""  # it was composed on that base
     kinds = [name for name, on in (("rsLoRA", record.use_rslora), ("DoRA", record.use_dora)) if on]
     ranks = ", ".join(f"{rank} in {n} modules" for rank, n in record.ranks.items())
     lines = [

@@ -15,7 +15,7 @@ from lorahub_registry.compose.forms import DeltaForm, FactorForm, Form
 from lorahub_registry.compose.learn import Learned, learn
 from lorahub_registry.compose.prove import Proof, TestSet, check_text, prove
 from lorahub_registry.compose.write import Written, check_applied, write_mixture
-from lorahub_registry.errors import NotApplied
+from lorahub_registry.errors import DataError, IncompatibleAdapters, NotApplied
 from lorahub_registry.evaluate.base import LoadedBase
 from lorahub_registry.evaluate.generation import NORMALISATION
 from lorahub_registry.evaluate.tokens import Batch, Encoded, TokenRule, batches, encode
@@ -73,6 +73,7 @@ def compose(
         BrokenAdapter: a member's tensors are not finite.
         DataError: rows that cannot be tokenised.
     """
+    _check_modules(members, base)
     encoder = _Encoder(recipe, base, progress)
     train, test = encoder(rows.train, "train"), encoder(rows.test, "test")
     adapters = [load_deltas(m.folder, m.facts) for m in members]
@@ -80,9 +81,20 @@ def compose(
         recipe, members, adapters, base, encoder.batches(train), progress
     )
     written = write_mixture(
-        folder, mixture, base, rank=recipe.output.rank, dtype=recipe.output.dtype
+        folder,
+        mixture,
+        base,
+        rank=recipe.output.rank,
+        dtype=recipe.output.dtype,
+        progress=progress,
     )
     test_batches = encoder.batches(test)
+    too_long = sum(len(row.output) > recipe.max_new_tokens for row in test)
+    if too_long and "exact_match" in recipe.evaluate:
+        encoder.note(
+            f"{too_long} of {len(test)} references are longer than max_new_tokens "
+            f"({recipe.max_new_tokens}) and count as missed"
+        )
     change = check_applied(base, folder, test_batches or encoder.batches(train or check_text(base)))
     proof = None
     if test:
@@ -91,8 +103,12 @@ def compose(
         )
         names = [m.name for m in members]
         proof = prove(base, names, adapters, mixture, folder, held_out, progress=progress)
-        if not math.isfinite(proof.verdict.difference):
-            raise NotApplied("the written mixture's loss is not a number on the test rows")
+        for row in proof.table:
+            if math.isfinite(row.nll):
+                continue
+            if row.kind == "mixture":
+                raise NotApplied("the written mixture's loss is not a number on the test rows")
+            encoder.note(f"{row.name} has no finite loss on the test rows")
     shared = overlap(rows.train, rows.test)
     if shared:
         encoder.note(f"{shared} of {len(rows.test)} test rows are also training rows")
@@ -106,6 +122,19 @@ def compose(
         shared,
         encoder.notes,
     )
+
+
+def _check_modules(members: Sequence[Member], base: LoadedBase) -> None:
+    """Whether the base has every module that a member changes."""
+    linear = base.linear_modules()
+    for member in members:
+        for module in member.facts.modules:
+            if module.name not in linear:
+                raise IncompatibleAdapters(
+                    f"{member.name} does not fit {base.name}: the base has no linear module "
+                    f"{module.name}",
+                    hint="the adapter was made for another base",
+                )
 
 
 def _mix(
@@ -149,6 +178,7 @@ class _Encoder:
         else:
             pairs = [(render(self._data.template, row), row.output) for row in rows]
         encoded = encode(self._base.tokenizer, pairs, self._rule, seq2seq=self._base.seq2seq)
+        self._check_length(encoded, split)
         if rows:
             cut = sum(row.cut > 0 for row in encoded)
             self._facts[split] = {
@@ -160,9 +190,26 @@ class _Encoder:
                 self.note(f"{cut} of {len(rows)} {split} prompts lost their beginning (max_length)")
         return encoded
 
+    def _check_length(self, rows: Sequence[Encoded], split: str) -> None:
+        most = getattr(self._base.model.config, "max_position_embeddings", None)
+        for number, row in enumerate(rows, 1):
+            parts = len(row.prompt), len(row.output)
+            length = max(parts) if self._base.seq2seq else sum(parts)
+            if most is not None and length > most:
+                raise DataError(
+                    f"{split} row {number} has {length} tokens, and {self._base.name} takes {most}",
+                    hint=f"say max_length: {most} under data, which cuts prompts on their left",
+                )
+
     def batches(self, rows: Sequence[Encoded]) -> list[Batch]:
         pad = self._base.tokenizer.pad_token_id or 0
-        return batches(rows, pad=pad, seq2seq=self._base.seq2seq, device=self._base.device)
+        return batches(
+            rows,
+            pad=pad,
+            seq2seq=self._base.seq2seq,
+            device=self._base.device,
+            vocabulary=len(self._base.tokenizer),
+        )
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -205,6 +252,7 @@ def results(
             "dtype": recipe.output.dtype,
             "energy_kept": made.written.total_kept,
             "energy_kept_least": made.written.kept,
+            "cast_error": made.written.cast_error,
             "largest_change_nats": made.change,
         },
         "notes": made.notes,

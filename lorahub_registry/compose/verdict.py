@@ -7,6 +7,7 @@ use X".
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -40,7 +41,8 @@ def judge(scores: Mapping[str, RowNLL], singles: list[str]) -> Verdict:
     Args:
         scores: under ``base``, ``uniform average``, ``mixture`` and the names in ``singles``.
     """
-    best = min(singles, key=lambda name: scores[name].mean)
+    finite = [name for name in singles if math.isfinite(scores[name].mean)]
+    best = min(finite, key=lambda name: scores[name].mean, default=BASE)
     against = BASE if scores[BASE].mean <= scores[best].mean else best
     difference, stderr = scores[MIXTURE].minus(scores[against])
     win = difference < -ERRORS * stderr
@@ -58,4 +60,5 @@ def judge(scores: Mapping[str, RowNLL], singles: list[str]) -> Verdict:
 
 
 def _signed(difference: float, stderr: float) -> str:
-    return f"NLL {difference:+.3f} ± {stderr:.3f}"
+    error = f" ± {stderr:.3f}" if math.isfinite(stderr) else " on a single row"
+    return f"NLL {difference:+.3f}{error}"

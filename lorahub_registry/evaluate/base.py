@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 
 from lorahub_registry.errors import BaseModelError
 from lorahub_registry.evaluate.quiet import without_bars
+from lorahub_registry.runtime.apply import is_linear
 from lorahub_registry.weights.files import DTYPES
 
 
@@ -55,14 +57,6 @@ class LoadedBase:
         return {name: m for name, m in self.model.named_modules() if is_linear(m)}
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether ``module`` multiplies its input by one matrix (quantised ones too)."""
-    return isinstance(module, nn.Linear) or (
-        hasattr(module, "weight")
-        and type(module).__name__ in {"Conv1D", "Linear4bit", "Linear8bitLt"}
-    )
-
-
 def load_base(
     location: str | Path,
     *,
@@ -97,14 +91,16 @@ def load_base(
                 trust_remote_code=False,
                 use_safetensors=True,
             )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if not getattr(model, "is_quantized", False):  # those are placed as they are loaded
+            model = model.to(place)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseModelError(
             f"the base {name} cannot be loaded: {first}",
             hint="lorareg takes causal and seq2seq language models whose folder holds config.json, "
             "safetensors and a tokenizer, and that need no code of their own",
         ) from error
-    return adopt(model.to(place), tokenizer, name=name, revision=revision)
+    return adopt(model, tokenizer, name=name, revision=revision)
 
 
 def adopt(model: Any, tokenizer: Any, *, name: str, revision: str | None = None) -> LoadedBase:

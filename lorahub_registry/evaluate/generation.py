@@ -85,6 +85,10 @@ def generate(
         "temperature": None,
         "top_p": None,
         "top_k": None,
+        # A model's own generation_config may ask for more than the likeliest token.
+        "num_beams": 1,
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
     }
     if temperature > 0:
         torch.manual_seed(seed)

@@ -16,6 +16,8 @@ import torch
 from lorahub_registry.errors import DataError
 
 IGNORED = -100
+_CHAT_DATE = "26 Jul 2024"
+"""Llama 3's templates write the date; one that stands still keeps prompts, and results, alike."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,13 @@ def _encode(
             add_generation_prompt=True,
             tokenize=True,
             return_dict=False,
+            date_string=_CHAT_DATE,
         )
     else:
         head = tokenizer(prompt)["input_ids"]
         # Some tokenizers end every text with EOS; a causal prompt goes on.
-        if not seq2seq and len(head) > 1 and head[-1] == tokenizer.eos_token_id:
+        ending = tokenizer("")["input_ids"][-1:]
+        if not seq2seq and ending == [tokenizer.eos_token_id] and head[-1:] == ending:
             head = head[:-1]
     if seq2seq:
         tail = tokenizer(text_target=output)["input_ids"]
@@ -78,6 +82,11 @@ def _encode(
             tail = [*tail, tokenizer.eos_token_id]
     if not tail:
         raise DataError(f"row {number}: its output is empty once tokenised")
+    if not head:
+        raise DataError(
+            f"row {number}: its prompt is empty once tokenised",
+            hint="this tokenizer adds no BOS, so nothing stands before the answer's first token",
+        )
     room = None
     if rule.max_length is not None:
         room = rule.max_length if seq2seq else rule.max_length - len(tail)
@@ -117,12 +126,16 @@ def batches(
     pad: int,
     seq2seq: bool,
     device: torch.device | str,
+    vocabulary: int = 0,
     tokens: int | None = None,
 ) -> list[Batch]:
     """Rows sorted by length and padded to at most about ``tokens`` tokens a batch.
 
     By default 2,048 on a CPU, where larger ones leave its caches, and 16,384 elsewhere.
     """
+    if vocabulary and not tokens and torch.device(device).type != "cpu":
+        # Logits in half and full precision and their softmax: ten bytes each, 4 GB in all.
+        tokens = min(16384, max(256, (4 << 30) // (10 * vocabulary)))
     tokens = tokens or (2048 if torch.device(device).type == "cpu" else 16384)
     order = sorted(range(len(rows)), key=lambda i: (_length(rows[i]), i))
     groups: list[list[int]] = []

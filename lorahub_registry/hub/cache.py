@@ -155,10 +155,13 @@ class Fetcher:
 
 
 def forget(path: Path) -> None:
-    """Delete a file from the cache: its name, and the blob behind it."""
-    blob = path.parent / os.readlink(path) if path.is_symlink() else None
+    """Delete a file from the cache: its name, and the blob behind it unless another needs it."""
+    blob = path.resolve() if path.is_symlink() else None
     path.unlink(missing_ok=True)
-    if blob is not None and blob.parent.name == "blobs":
+    if blob is None or blob.parent.name != "blobs":
+        return
+    snapshots = blob.parent.parent / "snapshots"
+    if not any(p.is_symlink() and p.resolve() == blob for p in snapshots.rglob("*")):
         blob.unlink(missing_ok=True)
 
 

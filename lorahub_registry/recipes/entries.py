@@ -23,7 +23,13 @@ from lorahub_registry.recipes.fields import Float, Int, Name, Strict, Text, Word
 _SORTS = ("downloads", "updated", "rank", "name")
 
 
+RESERVED = frozenset({"base", "mixture", "uniform"})
+"""What the proof calls its own rows."""
+
+
 def _adapter_name(name: str) -> str:
+    if name.lower() in RESERVED:
+        raise ValueError(f"{name!r} is what the proof calls a row of its own; take another name")
     # X-LoRA of PEFT takes adapters named "0", "1", … for its own experts.
     if name.isdigit():
         raise ValueError(f"{name!r} is a bare number; put a letter before it")

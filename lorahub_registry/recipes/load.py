@@ -108,7 +108,12 @@ def _validated(located: Located, source: str, *, lines: bool) -> Recipe:
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        details = error.errors(include_url=False)
+        # A list whose items are all wrong is not empty, whatever pydantic counts.
+        details = [
+            d
+            for d in error.errors(include_url=False)
+            if not (d["type"] == "too_short" and d["input"])
+        ]
         faults = [problem(d, data) for d in details if d["type"] != "conflict"]
         faults += conflicts(data)
         if not faults:

@@ -91,6 +91,11 @@ class Marks:
         )
         return new != old or new_scores != old_scores
 
+    def forget_measured(self, adapter_id: int) -> None:
+        """Drop the scores that were measured here, on tensors that are no longer there."""
+        measured = [k for k, s in self._scores(adapter_id).items() if s.source == "measured"]
+        self._drop_scores(adapter_id, measured)
+
     def copy_user_skills(self, source_id: int, target_id: int) -> None:
         """Say of one adapter what the user said of another."""
         said = {key: e for key, e in self._skills(source_id).items() if key[1] == "user"}

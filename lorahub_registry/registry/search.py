@@ -117,7 +117,11 @@ def _plan(connection: Connection, query: Query, bases: families.Taken | None) ->
         )
         where.append(Adapter.target_set_id.in_(sets))
     for name, least in query.min_scores.items():
-        enough = select(Score.adapter_id).where(_scored(name), Score.value >= least)
+        # Of errors and losses it is the most that is allowed.
+        reached = case(
+            (Score.metric.in_(_LESS_IS_BETTER), Score.value <= least), else_=Score.value >= least
+        )
+        enough = select(Score.adapter_id).where(_scored(name), reached)
         where.append(Adapter.id.in_(enough))
     return _Plan(bases, query.license is not None, skills, tuple(where))
 

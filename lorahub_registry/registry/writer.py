@@ -220,6 +220,8 @@ class Writer:
             self._connection.execute(
                 update(AdapterDetail).where(AdapterDetail.adapter_id == row["id"]).values(**detail)
             )
+        if "digest" in changed and row["digest"] is not None:
+            self.marks.forget_measured(row["id"])  # of other tensors
         marked |= self.marks.revise(row["id"], new["family_id"], repo.downloads, record)
         if not (changed or marked):
             return Outcome(row["id"], "unchanged")

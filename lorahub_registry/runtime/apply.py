@@ -40,6 +40,12 @@ class Applied:
                 + (f" (nor {len(absent) - 1} others)" if len(absent) > 1 else ""),
                 hint="the adapter was made for another base",
             )
+        for name in sorted(modules):
+            if not is_linear(named[name]):
+                raise IncompatibleAdapters(
+                    f"{name} is a {type(named[name]).__name__} in the base, not a linear module",
+                    hint="the adapter was made for another base",
+                )
         owners = _owners(model)
         self._weights: dict[str, tuple[nn.Parameter, torch.Tensor, bool]] = {}
         self._beside: dict[str, nn.Module] = {}
@@ -85,11 +91,11 @@ class Applied:
                 torch.addmm(original, b, a, out=weight.data)
         for name, module in self._beside.items():
             if name in deltas:
-                place = next(module.parameters())
-                dtype = place.dtype if place.is_floating_point() else torch.float32
-                # Factors keep at least the base's precision; the sum is made in the output's.
+                # In float32, as PEFT keeps them: the base's precision would cost the delta's.
+                place = next(module.parameters()).device
                 self._factors[name] = LowRank(
-                    deltas[name].a.to(place.device, dtype), deltas[name].b.to(place.device, dtype)
+                    deltas[name].a.to(place, torch.float32),
+                    deltas[name].b.to(place, torch.float32),
                 )
             else:
                 self._factors.pop(name, None)
@@ -105,10 +111,18 @@ class Applied:
             factors = self._factors.get(name)
             if factors is None:
                 return output
-            low = functional.linear(inputs[0].to(factors.a.dtype), factors.a)
-            return output + functional.linear(low, factors.b).to(output.dtype)
+            low = functional.linear(inputs[0].float(), factors.a)
+            return (output + functional.linear(low, factors.b)).to(output.dtype)
 
         return add
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether ``module`` multiplies its input by one matrix (quantised ones too)."""
+    return isinstance(module, nn.Linear) or (
+        hasattr(module, "weight")
+        and type(module).__name__ in {"Conv1D", "Linear4bit", "Linear8bitLt"}
+    )
 
 
 @contextmanager

@@ -13,7 +13,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lorahub_registry.adapters.config import AdapterConfig
 from lorahub_registry.adapters.facts import AdapterFacts, facts_of, read_config
 from lorahub_registry.adapters.tensors import PICKLE_NAME, WEIGHTS_NAME, read_header
 from lorahub_registry.errors import BrokenAdapter, OutputError, UnknownRef
@@ -57,6 +56,11 @@ def convert(folder: Path, *, timeout_s: float = 600.0, memory: int | None = None
         raise OutputError(f"{target} is there already", hint="nothing to convert")
     if not source.is_file():
         raise UnknownRef(f"{folder}: no {PICKLE_NAME} to convert")
+    if "enable_lora" in config.unsupported:
+        raise BrokenAdapter(
+            f"{source}: a merged LoRA of PEFT before 0.3 (enable_lora), whose B is laid out "
+            "otherwise; PEFT cannot load it either"
+        )
     try:
         handle, part = tempfile.mkstemp(dir=folder, prefix=".convert.", suffix=".safetensors")
         os.close(handle)
@@ -65,7 +69,7 @@ def convert(folder: Path, *, timeout_s: float = 600.0, memory: int | None = None
     try:
         limit = memory or 4 * source.stat().st_size + (4 << 30)
         _run(source, Path(part), timeout_s, limit)
-        facts = _checked(config, Path(part), source)
+        facts = facts_of(config, read_header(Path(part)), where=str(source))
         os.chmod(part, 0o644)
         os.replace(part, target)
         return facts
@@ -100,12 +104,3 @@ def _first_words(lines: list[str]) -> str:
         if colon and not line.startswith(" ") and head.replace(".", "").replace("_", "").isalnum():
             return rest.split(". ")[0][:200] or head
     return lines[-1][:200]
-
-
-def _checked(config: AdapterConfig, part: Path, source: Path) -> AdapterFacts:
-    if "enable_lora" in config.unsupported:
-        raise BrokenAdapter(
-            f"{source}: a merged LoRA of PEFT before 0.3 (enable_lora), whose B is laid out "
-            "otherwise; PEFT cannot load it either"
-        )
-    return facts_of(config, read_header(part), where=str(source))

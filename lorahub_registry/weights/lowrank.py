@@ -76,10 +76,12 @@ class Truncated:
     Attributes:
         delta: the best approximation of its rank.
         kept: share of the squared Frobenius norm that it holds, 0 to 1.
+        energy: the squared Frobenius norm of what was truncated.
     """
 
     delta: LowRank
     kept: float
+    energy: float
 
 
 def truncate(delta: LowRank, *, rank: int | None = None, energy: float | None = None) -> Truncated:
@@ -97,13 +99,13 @@ def truncate(delta: LowRank, *, rank: int | None = None, energy: float | None = 
     u, s, vh = torch.linalg.svd(rb @ ra.T, full_matrices=False)
     squares = s.square()
     total = float(squares.sum())
-    keep = s.numel() if rank is None else min(rank, s.numel())
-    if energy is not None and total > 0:
-        # A share within rounding of the asked one counts as kept.
-        shares = squares.cumsum(0) / total
+    keep = s.numel() if rank is None else max(1, min(rank, s.numel()))
+    if energy is not None:
+        # A share within rounding of the asked one counts as kept; of nothing, one rank is all.
+        shares = squares.cumsum(0) / total if total > 0 else torch.ones_like(s)
         keep = min(keep, int((shares < energy - 1e-12).sum()) + 1)
     root = s[:keep].sqrt()
     kept = float(squares[:keep].sum()) / total if total > 0 else 1.0
     dtype = delta.a.dtype
     a, b = root[:, None] * (vh[:keep] @ qa.T), (qb @ u[:, :keep]) * root
-    return Truncated(LowRank(a.to(dtype).contiguous(), b.to(dtype).contiguous()), kept)
+    return Truncated(LowRank(a.to(dtype).contiguous(), b.to(dtype).contiguous()), kept, total)

@@ -69,7 +69,7 @@ def filled(registry: Registry) -> Registry:
         ({"min_scores": {"humaneval": 20.0}}, ["b", "c"]),
         ({"min_scores": {"humaneval": 20.5}}, ["c"]),
         ({"min_scores": {"humaneval/pass@1": 30}}, ["c"]),
-        ({"min_scores": {"pass@1": 10, "nll": 1}}, ["c"]),
+        ({"min_scores": {"pass@1": 10, "nll": 1}}, ["b"]),  # of a loss: at most
         ({"min_scores": {"other": 0}}, []),
         ({"limit": 2}, ["b", "c"]),
         ({"limit": 0}, []),

@@ -1,0 +1,93 @@
+"""The verdict's words: a win only beyond two standard errors, else an honest no."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lorahub_registry.compose.verdict import judge
+from lorahub_registry.evaluate.nll import RowNLL
+
+ROWS = 100
+NOISE = torch.randn(ROWS, generator=torch.Generator().manual_seed(0)).double()
+NOISE -= NOISE.mean()
+NOISE /= NOISE.std()
+
+
+def at(mean: float, noise: float = 0.0) -> RowNLL:
+    """One token a row, with this mean; differences between two have a known spread."""
+    return RowNLL(torch.full((ROWS,), mean, dtype=torch.float64) + noise * NOISE, torch.ones(ROWS))
+
+
+def scores(mixture: RowNLL, *, base: float = 3.0, uniform: float = 2.5) -> dict[str, RowNLL]:
+    return {
+        "base": at(base), "zog": at(2.6), "arr": at(1.5), "uniform average": at(uniform),
+        "mixture": mixture,
+    }  # fmt: skip
+
+
+def test_a_win_is_over_the_best_single_adapter() -> None:
+    found = judge(scores(at(1.4, 0.2)), ["zog", "arr"])
+    assert found.win
+    assert found.against == "arr"
+    assert found.difference == pytest.approx(-0.1)
+    assert found.stderr == pytest.approx(0.02)
+    assert found.text == "beats the best single adapter, arr, by 0.100 ± 0.020 NLL"
+
+
+@pytest.mark.parametrize(
+    ("difference", "noise", "win"),
+    [
+        (-0.1, 0.49, True),  # two standard errors are 0.098
+        (-0.1, 0.51, False),  # … 0.102
+        (-0.001, 0.0, True),
+        (0.0, 0.0, False),
+        (0.1, 0.0, False),
+    ],
+)
+def test_the_line_is_two_standard_errors(difference: float, noise: float, win: bool) -> None:
+    assert judge(scores(at(1.5 + difference, noise)), ["zog", "arr"]).win is win
+
+
+def test_no_better_names_what_to_use() -> None:
+    found = judge(scores(at(1.55, 0.2)), ["zog", "arr"])
+    assert not found.win
+    assert found.text == "no better than arr: use arr (NLL +0.050 ± 0.020)"
+
+
+def test_the_base_is_named_where_it_beats_every_adapter() -> None:
+    found = judge(scores(at(1.45), base=1.2), ["zog", "arr"])
+    assert (found.win, found.against) == (False, "base")
+    assert found.text.startswith("no better than the base: use the base (NLL +0.250")
+    found = judge(scores(at(1.0, 0.2), base=1.2), ["zog", "arr"])
+    assert found.text == "beats the base by 0.200 ± 0.020 NLL"
+
+
+def test_a_base_as_good_as_the_best_adapter_is_preferred() -> None:
+    assert judge(scores(at(2.0), base=1.5), ["zog", "arr"]).against == "base"
+
+
+def test_a_win_no_better_than_the_uniform_average_says_so() -> None:
+    found = judge(scores(at(1.4, 0.2), uniform=1.42), ["zog", "arr"])
+    assert found.win
+    assert found.text.endswith("; it is no better than the uniform average (NLL -0.020 ± 0.020)")
+    assert "uniform" not in judge(scores(at(1.4, 0.2), uniform=1.5), ["zog", "arr"]).text
+
+
+def test_one_row_is_no_proof() -> None:
+    one = {k: RowNLL(v.sums[:1], v.tokens[:1]) for k, v in scores(at(0.1)).items()}
+    found = judge(one, ["zog", "arr"])
+    assert not found.win
+    assert "nan" not in found.text
+
+
+def test_an_adapter_without_finite_loss_is_not_the_best() -> None:
+    broken = {**scores(at(1.4)), "zog": at(float("nan")), "arr": at(float("inf"))}
+    assert judge(broken, ["zog", "arr"]).against == "base"
+    broken["arr"] = at(1.5)
+    assert judge(broken, ["zog", "arr"]).against == "arr"
+
+
+def test_pairing_decides_and_not_the_spread_of_either() -> None:
+    noisy = {k: RowNLL(v.sums + 30 * NOISE, v.tokens) for k, v in scores(at(1.4, 0.2)).items()}
+    assert judge(noisy, ["zog", "arr"]).win
