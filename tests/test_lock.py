@@ -139,3 +139,11 @@ def test_a_damaged_lock_never_raises_anything_else(
         Lock.load(saved(tmp_path_factory.getbasetemp(), json.dumps(raw))).check(LOCK)
     except LockError:
         pass
+
+
+def test_another_recipe_is_another_thing_than_the_lock_pins():
+    pin = Pin("base", digest="d")
+    old, new = Lock("recipe one", pin, {}), Lock("recipe two", pin, {})
+    old.check(old)
+    with pytest.raises(LockError, match="recipe: another method, seed, coefficient"):
+        old.check(new)

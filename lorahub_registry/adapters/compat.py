@@ -46,6 +46,21 @@ class Member:
     adapter_id: int | None = None
 
 
+def check_weights(member: Member) -> None:
+    """Whether it has weights that may be loaded.
+
+    Raises:
+        IncompatibleAdapters: it has none, or they are a pickle.
+    """
+    if member.facts.weights == "pickle":
+        raise IncompatibleAdapters(
+            f"{member.name}: its weights are a pickle ({member.ref}), which is never loaded",
+            hint=f"lorareg convert {member.key}",
+        )
+    if member.facts.weights == "none":
+        raise IncompatibleAdapters(f"{member.name}: it has no weights ({member.ref})")
+
+
 def check_sum(members: Sequence[Member]) -> None:
     """Whether a weighted sum of deltas expresses every member exactly.
 
@@ -54,13 +69,7 @@ def check_sum(members: Sequence[Member]) -> None:
     """
     for member in members:
         config = member.facts.config
-        if member.facts.weights == "pickle":
-            raise IncompatibleAdapters(
-                f"{member.name}: its weights are a pickle ({member.ref}), which is never loaded",
-                hint=f"lorareg convert {member.ref}",
-            )
-        if member.facts.weights == "none":
-            raise IncompatibleAdapters(f"{member.name}: it has no weights ({member.ref})")
+        check_weights(member)
         if config.peft_type != "LORA":
             raise IncompatibleAdapters(
                 f"{member.name}: it is {config.peft_type}, and only LoRA adapters can be summed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from lorahub_registry.api.prepare import Prepared, prepare
 from lorahub_registry.errors import BaseModelError
 from lorahub_registry.progress import Progress, silent
-from lorahub_registry.recipes import RecipeFile, render
+from lorahub_registry.recipes import RecipeFile, overlap, render
 from lorahub_registry.registry.store import Registry
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -21,7 +22,6 @@ def plan(
     recipe: str | Path | Mapping[str, Any] | RecipeFile,
     *,
     registry: Registry,
-    force: bool = False,
     lock: Path | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -35,7 +35,9 @@ def plan(
     Raises:
         LoraregError: whatever would stop the run.
     """
-    ready = prepare(recipe, registry=registry, force=force, lock=lock, progress=progress)
+    ready = prepare(recipe, registry=registry, force=True, lock=lock, progress=progress)
+    if shared := overlap(ready.train, ready.test):
+        progress.warn(f"{shared} of {len(ready.test)} test rows are also training rows")
     return _estimate(ready)
 
 
@@ -109,9 +111,9 @@ def _measured_gflops(device: str, width: int) -> float:
     a = torch.randn(256, width, device=device)
     b = torch.randn(width, width, device=device)
     a @ b
-    best, start = math.inf, time.perf_counter()
+    taken, start = [], time.perf_counter()
     while time.perf_counter() - start < 0.2:
         began = time.perf_counter()
         float((a @ b)[0, 0])
-        best = min(best, time.perf_counter() - began)
-    return 2 * 256 * width * width / best / 1e9
+        taken.append(time.perf_counter() - began)
+    return 2 * 256 * width * width / statistics.median(taken) / 1e9

@@ -89,8 +89,8 @@ def prepare(
     notes = check_base(members, found.facts, allow=wanted.allow_base)
     for note in notes:
         progress.warn(f"allow_base: {note}")
-    if wanted.publish is not None:
-        agreed_license(wanted, members)
+    if agreed_license(wanted, members) is None:
+        progress.warn("its licence is unknown, so it cannot be pushed; license: … in the recipe")
     train, test = (
         read_rows(split, seed=wanted.seed, beside=file.folder) if split else ()
         for split in (wanted.data.train if wanted.method.learns else None, wanted.data.test)
@@ -132,7 +132,10 @@ def other_licenses(recipe: Recipe, members: Sequence[Member]) -> str:
 
 
 def _given_base(name: str, base: tuple[Any, Any]) -> ResolvedBase:
+    from lorahub_registry.evaluate.base import check_plain
+
     model, _ = base
+    check_plain(model)
     text, _, revision = name.partition("@")
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     short = expand(text).name if looks_like_path(text) else text

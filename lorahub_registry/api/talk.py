@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorahub_registry.adapters.compat import Member, check_base, check_sum
+from lorahub_registry.adapters.compat import Member, check_base, check_sum, check_weights
 from lorahub_registry.adapters.facts import read_facts
 from lorahub_registry.api.bases import ResolvedBase, resolve_base
 from lorahub_registry.card import RECIPE_NAME, RESULTS_NAME
@@ -64,6 +65,7 @@ def load(
 
     Raises:
         UnknownRef: it is not on this machine.
+        IncompatibleAdapters: its weights are a pickle, or it was made for another base.
         BaseModelError: its base is not known, or cannot be loaded.
     """
     if registry is None:
@@ -75,7 +77,7 @@ def load(
 
     folder, record = _record(str(ref), registry)
     member = _member(folder, record)
-    check_sum([member])
+    check_weights(member)
     found: tuple[Any, Any] | ResolvedBase
     if isinstance(base, tuple):
         found = base
@@ -84,7 +86,10 @@ def load(
         for passed in check_base([member], found.facts, allow=base is not None):
             progress.warn(passed)
     loaded = _load_base(record, found, device, dtype, progress)
-    model = PeftModel.from_pretrained(loaded.model, str(folder), adapter_name="adapter")
+    with warnings.catch_warnings():
+        # PEFT asks transformers by a name that it is about to lose; nobody here can mend that.
+        warnings.simplefilter("ignore", FutureWarning)
+        model = PeftModel.from_pretrained(loaded.model, str(folder), adapter_name="adapter")
     return Loaded(record.name, model.eval(), loaded.tokenizer, _template(folder), loaded)
 
 
@@ -119,10 +124,12 @@ def generate(
 
     folder, record = _record(ref, registry)
     names = [record.name]
+    own = _members_of(folder, registry)
     members: list[Member | None] = [_member(folder, record)]
     for other in against:
         names.append(other)
-        members.append(None if other == BASE else _member(*_record(other, registry)))
+        meant = own.get(other, other)
+        members.append(None if other == BASE else _member(*_record(meant, registry)))
     if len(set(names)) < len(names):
         raise UsageError(f"{max(names, key=names.count)!r} is named twice")
     present = [m for m in members if m is not None]
@@ -189,6 +196,16 @@ def _record(ref: str, registry: Registry) -> tuple[Path, AdapterRecord]:
     if record.local_path is None:
         raise UnknownRef(f"{ref} is not on this machine", hint=f"lorareg pull {ref}")
     return Path(record.local_path), record
+
+
+def _members_of(folder: Path, registry: Registry) -> dict[str, str]:
+    """What a mixture calls its members → what the registry calls them."""
+    try:
+        mixture = registry.get(str(folder)).mixture
+    except UnknownRef:
+        return {}
+    known = [(m.name, m.adapter_id) for m in mixture.members] if mixture else []
+    return {name: registry.by_id(id_).ref for name, id_ in known if id_ is not None}
 
 
 def _member(folder: Path, record: AdapterRecord) -> Member:

@@ -82,15 +82,15 @@ def search(
             limit=limit,
             registry=registry,
         )
-        empty = not found.adapters and not registry.counts()["adapters"]
-    if base:
+        known = registry.counts()["adapters"] if not found.adapters else 0
+    if base and found.bases != (base,):
         names = ", ".join(found.bases) or "none that is known"
         out.say(f"base {base}: {names}")
     out.table(rows(found.adapters), COLUMNS, quiet="ref")
     if found.total > len(found.adapters):
         out.say(f"{len(found.adapters)} of {found.total}; --limit shows more")
     if not found.adapters:
-        out.say("nothing found" if not empty else "the registry is empty")
+        out.say(f"nothing found among {known} adapters" if known else "the registry is empty")
         _how_to_fill(out, base)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from lorahub_registry.cli.output import Output, clean, size, with_output
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("--dry-run", is_flag=True, help="Check everything, and say what it would take.")
+@click.option("--dry-run", is_flag=True, help="Get and check what it names; write no mixture.")
 @click.option("--no-push", is_flag=True, help="Do not publish, whatever the recipe says.")
 @click.option("--force", is_flag=True, help="Replace a mixture at the output's place.")
 @click.option("--lock", type=click.Path(path_type=Path), metavar="FILE",
@@ -38,7 +40,7 @@ def compose(
         from lorahub_registry.api.plan import plan
 
         with Registry(progress=out) as registry:
-            facts = plan(recipe, registry=registry, force=force, lock=lock, progress=out)
+            facts = plan(recipe, registry=registry, lock=lock, progress=out)
         out.record(facts, _plan_page(facts), quiet=str(facts["output"]))
         return
     from lorahub_registry.api.mix import compose as run
@@ -125,11 +127,12 @@ def quickstart(folder: Path, seed: int, force: bool, out: Output) -> None:
 
 def proof_page(results: dict[str, Any]) -> str:
     """Coefficients, the table and the verdict, for people."""
-    lines = [f"{m['coefficient']:+.4f}  {clean(m['name'])}" for m in results["members"]]
+    lines = ["coefficients"]
+    lines += [f"{m['coefficient']:+.4f}  {clean(m['name'])}" for m in results["members"]]
     if "test" in results:
         wide = max(len(row["name"]) for row in results["test"])
         exact = results["test"][0]["exact_match"] is not None
-        lines += ["", f"{'':<{wide}}  {'NLL':>8}  {'':>8}{'  EXACT' if exact else ''}"]
+        lines += ["", f"{'':<{wide}}  {'NLL':>8}  {'':>8}{'  EXACT' if exact else ''}".rstrip()]
         for row in results["test"]:
             error = row["nll_stderr"]  # None over a single row
             text = f"{row['name']:<{wide}}  {row['nll']:8.4f}  "
@@ -163,6 +166,8 @@ def _quickstart_page(done: Any) -> str:
         lines.append(f"  {prompt}")
         wide = max(map(len, answers))
         lines += [f"    {name:<{wide}}  {text}" for name, text in answers.items()]
+    found = shutil.which("lorareg")
+    path = [] if found else [f"  export PATH={Path(sys.executable).parent}:$PATH"]
     lines += [
         "",
         f"The mixture  {done.mixture.path}",
@@ -170,11 +175,12 @@ def _quickstart_page(done: Any) -> str:
         f"The recipe   {done.recipe}",
         "",
         "Try next:",
+        *path,
         f"  export LORAREG_HOME={done.home}",
         "  lorareg search --base quickstart-base --skill translation",
         f"  lorareg show {done.mixture.name}",
         f'  lorareg generate {done.mixture.name} "{next(iter(done.answers))}" --against base',
-        f"  lorareg compose {done.recipe} --dry-run --force",
+        f"  lorareg compose {done.recipe} --dry-run",
     ]
     return "\n".join(lines)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -175,9 +174,6 @@ def _aligned(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> l
             for text, side, width in zip(line, columns.values(), widths, strict=True)
         ]
         lines.append("  ".join(padded).rstrip())
-    if sys.stdout.isatty():
-        wide = shutil.get_terminal_size().columns
-        lines = [text if len(text) <= wide else text[: wide - 1] + "…" for text in lines]
     return lines
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from lorahub_registry.cli.output import Output, with_output
-from lorahub_registry.errors import LoraregError
+from lorahub_registry.errors import LoraregError, OutputError
 
 
 @click.command()
@@ -144,8 +144,9 @@ def status(out: Output) -> None:
 
 @db.command()
 @click.argument("to", type=click.Path(path_type=Path))
+@click.option("--force", is_flag=True, help="Replace the file that is there.")
 @with_output
-def backup(to: Path, out: Output) -> None:
+def backup(to: Path, force: bool, out: Output) -> None:
     """Write a consistent copy, also while others write.
 
     \b
@@ -155,6 +156,8 @@ def backup(to: Path, out: Output) -> None:
     from lorahub_registry.registry import migrate
     from lorahub_registry.settings import Settings
 
+    if to.exists() and not force:
+        raise OutputError(f"{to} exists", hint="--force replaces it, or name another file")
     migrate.backup(Settings.from_environment().database, to)
     out.record({"path": str(to)}, str(to), quiet=str(to))
 

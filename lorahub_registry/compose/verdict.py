@@ -60,5 +60,6 @@ def judge(scores: Mapping[str, RowNLL], singles: list[str]) -> Verdict:
 
 
 def _signed(difference: float, stderr: float) -> str:
-    error = f" ± {stderr:.3f}" if math.isfinite(stderr) else " on a single row"
-    return f"NLL {difference:+.3f}{error}"
+    side = "lower" if difference < 0 else "higher"
+    error = f" ± {stderr:.3f}" if math.isfinite(stderr) else ", on a single row,"
+    return f"its NLL is {abs(difference):.3f}{error} {side}"

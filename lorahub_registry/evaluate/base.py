@@ -104,17 +104,30 @@ def load_base(
 
 
 def adopt(model: Any, tokenizer: Any, *, name: str, revision: str | None = None) -> LoadedBase:
-    """Take loaded objects as the base; the model is put into evaluation mode, without gradients."""
-    if hasattr(model, "peft_config"):
-        raise BaseModelError(
-            "the model carries PEFT adapters already",
-            hint="pass the plain base: adapters are read from their files",
-        )
+    """Take loaded objects as the base; the model is put into evaluation mode, without gradients.
+
+    Raises:
+        BaseModelError: it carries adapters.
+    """
+    check_plain(model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     model.eval()
     model.requires_grad_(False)
     return LoadedBase(model, tokenizer, name, revision)
+
+
+def check_plain(model: Any) -> None:
+    """Whether a loaded model is a base and nothing more.
+
+    Raises:
+        BaseModelError: it carries adapters.
+    """
+    if hasattr(model, "peft_config"):
+        raise BaseModelError(
+            "the model carries PEFT adapters already",
+            hint="pass the plain base: adapters are read from their files",
+        )
 
 
 def pick_device(device: str) -> str:

@@ -236,6 +236,11 @@ class Registry:
         with engine.reading(self._engine) as connection:
             return self._load(connection, lookup.find(connection, ref))
 
+    def by_id(self, adapter_id: int) -> StoredAdapter:
+        """The adapter of that row, as lineage names it."""
+        with engine.reading(self._engine) as connection:
+            return self._load(connection, adapter_id)
+
     def search(self, query: Query) -> Found:
         """What the query finds.
 

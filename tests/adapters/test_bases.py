@@ -165,3 +165,21 @@ def test_every_base_that_a_real_config_declares_gets_a_name(data: Path) -> None:
             assert (name, how) == (declared, "declared")
         assert BaseName.parse(declared).words
     assert local == LOCAL
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/home/alice/model", "/root/checkpoint-500", "/workspace/output", "/mnt/disk1/models",
+     "/content/drive/MyDrive/models", "C:\\Users\\alice\\model", "/tmp/out"],
+)  # fmt: skip
+def test_a_path_that_only_says_whose_machine_it_was_names_no_base(path):
+    assert infer_base(path) == (None, "unknown")
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("/home/alice/llama-7b", "llama-7b"), ("/mnt/disk1/Qwen2.5-7B", "Qwen2.5-7B"),
+     ("D:\\models\\gemma-2b", "gemma-2b"), ("/kaggle/input/phi-2/pytorch/1", "phi-2")],
+)  # fmt: skip
+def test_a_model_below_such_a_place_is_named(path, name):
+    assert infer_base(path) == (name, "inferred")

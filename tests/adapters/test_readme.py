@@ -63,9 +63,12 @@ def test_a_billion_laughs_are_refused() -> None:
     lines = ["a0: &a0 [lol, lol, lol, lol, lol, lol, lol, lol, lol]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
     found = card("\n".join(lines))
-    assert "aliases" in found.problem
-    assert found.metadata == {}
-    assert found.description == "Hello there."
+    # Only plain texts are compared: to show the grown list in a failure would take all memory.
+    problem, description, facts = found.problem, found.description, len(found.metadata)
+    del found
+    assert "aliases" in problem
+    assert facts == 0
+    assert description == "Hello there."
 
 
 def test_front_matter_beyond_64_kib_is_refused() -> None:

@@ -49,8 +49,8 @@ def searched(model: tiny.Tiny, method: Learn | LoraHub, seed: int = 0, **more: A
 
 
 def test_the_same_seed_finds_the_same_to_the_last_bit(tiny_llama: tiny.Tiny) -> None:
-    for optimizer in ("NGOpt", "OnePlusOne", "CMA"):
-        method = Learn(budget=9, optimizer=optimizer)  # type: ignore[arg-type]
+    for optimizer in ("NGOpt", "CMA"):
+        method = Learn(budget=6, optimizer=optimizer)  # type: ignore[arg-type]
         assert searched(tiny_llama, method, 3) == searched(tiny_llama, method, 3)
 
 

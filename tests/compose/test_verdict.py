@@ -52,7 +52,7 @@ def test_the_line_is_two_standard_errors(difference: float, noise: float, win: b
 def test_no_better_names_what_to_use() -> None:
     found = judge(scores(at(1.55, 0.2)), ["zog", "arr"])
     assert not found.win
-    assert found.text == "no better than arr: use arr (NLL +0.050 ± 0.020)"
+    assert found.text == "no better than arr: use arr (its NLL is 0.050 ± 0.020 higher)"
 
 
 def test_the_base_is_named_where_it_beats_every_adapter() -> None:
@@ -70,7 +70,7 @@ def test_a_base_as_good_as_the_best_adapter_is_preferred() -> None:
 def test_a_win_no_better_than_the_uniform_average_says_so() -> None:
     found = judge(scores(at(1.4, 0.2), uniform=1.42), ["zog", "arr"])
     assert found.win
-    assert found.text.endswith("; it is no better than the uniform average (NLL -0.020 ± 0.020)")
+    assert found.text.endswith("; it is no better than the uniform average (its NLL is 0.020 ± 0.020 lower)")
     assert "uniform" not in judge(scores(at(1.4, 0.2), uniform=1.5), ["zog", "arr"]).text
 
 

@@ -384,3 +384,13 @@ def test_plain_data_is_read_like_a_file_without_lines() -> None:
     with pytest.raises(RecipeError) as caught:
         from_mapping({**data, "naem": 1})
     assert caught.value.problems == ("naem: unknown key, did you mean 'name'?",)
+
+
+@pytest.mark.parametrize("name", ["base", "Mixture", "uniform"])
+def test_an_adapter_cannot_be_called_as_a_row_of_the_proof_is(name):
+    text = (
+        f"version: 1\nname: m\nbase: b\nadapters: [{{ref: ./x, name: {name}, coefficient: 1}}]\n"
+        "method: {type: linear}\noutput: {path: out}\n"
+    )
+    with pytest.raises(RecipeError, match="what the proof calls a row of its own"):
+        parse(text)

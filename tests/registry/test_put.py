@@ -256,3 +256,13 @@ def test_records_are_values(registry: Registry) -> None:
     stored = registry.put(record)
     assert replace(stored.record) == record
     assert stored.ref == f"bob/code-lora@{FIRST}"
+
+
+def test_measured_scores_go_when_the_tensors_they_were_measured_on_go(registry: Registry) -> None:
+    first = registry.put(adapter("me/a", digest="one"))
+    registry.score(first.ref, ScoreRecord("t", "nll", 1.5, source="measured"))
+    registry.score(first.ref, ScoreRecord("t", "accuracy", 40.0, source="user"))
+    again = registry.put(adapter("me/a", digest="one", description="other words"))
+    assert {s.source for s in again.record.scores} == {"measured", "user"}
+    changed = registry.put(adapter("me/a", digest="two"))
+    assert {s.source for s in changed.record.scores} == {"user"}
