@@ -58,7 +58,7 @@ def test_no_better_names_what_to_use() -> None:
 def test_the_base_is_named_where_it_beats_every_adapter() -> None:
     found = judge(scores(at(1.45), base=1.2), ["zog", "arr"])
     assert (found.win, found.against) == (False, "base")
-    assert found.text.startswith("no better than the base: use the base (NLL +0.250")
+    assert found.text.startswith("no better than the base: use the base (its NLL is 0.250")
     found = judge(scores(at(1.0, 0.2), base=1.2), ["zog", "arr"])
     assert found.text == "beats the base by 0.200 ± 0.020 NLL"
 
