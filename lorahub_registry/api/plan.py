@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorahub_registry.api.prepare import Prepared, prepare
+from lorahub_registry.api.prepare import Prepared, agreed_license, prepare
 from lorahub_registry.errors import BaseModelError
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.recipes import RecipeFile, overlap, render
@@ -38,6 +38,8 @@ def plan(
     ready = prepare(recipe, registry=registry, force=True, lock=lock, progress=progress)
     if shared := overlap(ready.train, ready.test):
         progress.warn(f"{shared} of {len(ready.test)} test rows are also training rows")
+    if agreed_license(ready.recipe, ready.members) is None:
+        progress.warn("its licence is unknown, so it cannot be pushed; license: … in the recipe")
     return _estimate(ready)
 
 

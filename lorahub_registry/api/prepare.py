@@ -89,8 +89,8 @@ def prepare(
     notes = check_base(members, found.facts, allow=wanted.allow_base)
     for note in notes:
         progress.warn(f"allow_base: {note}")
-    if agreed_license(wanted, members) is None:
-        progress.warn("its licence is unknown, so it cannot be pushed; license: … in the recipe")
+    if wanted.publish is not None:
+        agreed_license(wanted, members)
     train, test = (
         read_rows(split, seed=wanted.seed, beside=file.folder) if split else ()
         for split in (wanted.data.train if wanted.method.learns else None, wanted.data.test)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import difflib
 import os
-import signal
 import sys
 from typing import Any, NoReturn
 
 import click
 
 from lorahub_registry import __version__
-from lorahub_registry.cli import find, mix, prove, publish, registry, weights
+from lorahub_registry.cli import find, interrupt, mix, prove, publish, registry, weights
 from lorahub_registry.cli.output import lines
 from lorahub_registry.errors import LoraregError
 from lorahub_registry.settings import Settings
@@ -63,17 +62,18 @@ class Main(click.Group):
             raise click.UsageError(f"{error.message} Did you mean {near[0]!r}?", ctx) from None
 
     def invoke(self, ctx: click.Context) -> Any:
-        signal.signal(signal.SIGTERM, _terminated)
         try:
-            return super().invoke(ctx)
+            with interrupt.listening():
+                return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except LoraregError as error:
             _fail(str(error), error.hint, error.exit_code)
         except KeyboardInterrupt:
-            again = "nothing half-done is left; the same command starts it again (pull goes on)"
-            _fail("interrupted", again, 130)
+            _interrupted()
         except Exception as error:
+            if interrupt.heard():
+                _interrupted()
             _fail(
                 f"unexpected: {type(error).__name__}: {error}",
                 "this is a fault of lorareg; with LORAREG_DEBUG=1 it shows where",
@@ -90,8 +90,9 @@ def _fail(text: str, hint: str | None, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _terminated(*_: object) -> NoReturn:
-    raise KeyboardInterrupt  # so that SIGTERM cleans up as Ctrl-C does
+def _interrupted() -> NoReturn:
+    again = "nothing half-done is left; the same command starts it again (pull goes on)"
+    _fail("interrupted", again, 130)
 
 
 def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:

@@ -127,8 +127,7 @@ def quickstart(folder: Path, seed: int, force: bool, out: Output) -> None:
 
 def proof_page(results: dict[str, Any]) -> str:
     """Coefficients, the table and the verdict, for people."""
-    lines = ["coefficients"]
-    lines += [f"{m['coefficient']:+.4f}  {clean(m['name'])}" for m in results["members"]]
+    lines = [f"{m['coefficient']:+.4f}  {clean(m['name'])}" for m in results["members"]]
     if "test" in results:
         wide = max(len(row["name"]) for row in results["test"])
         exact = results["test"][0]["exact_match"] is not None

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from lorahub_registry.progress import Task, silent
+from lorahub_registry.cli import interrupt
+from lorahub_registry.progress import Task
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -85,8 +86,7 @@ class Output:
     def task(self, title: str, total: float | None = None, unit: str = "") -> Iterator[Task]:
         """A bar on the terminal; nothing where stderr is a file or a pipe, or in quiet format."""
         if self.format == "quiet" or not sys.stderr.isatty():
-            with silent.task(title, total, unit) as nothing:
-                yield nothing
+            yield _Step()
             return
         first = self._bars is None
         if self._bars is None:
@@ -103,11 +103,22 @@ class Output:
                 self._bars = None
 
 
-class _Bar:
+class _Step:
+    """A task that is not drawn; each step is where a lost interrupt comes up again."""
+
+    def advance(self, n: float = 1) -> None:
+        interrupt.check()
+
+    def describe(self, text: str) -> None:
+        pass
+
+
+class _Bar(_Step):
     def __init__(self, bars: Bars, row: Any) -> None:
         self._bars, self._row = bars, row
 
     def advance(self, n: float = 1) -> None:
+        interrupt.check()
         self._bars.advance(self._row, n)
 
     def describe(self, text: str) -> None:

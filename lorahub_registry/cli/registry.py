@@ -156,7 +156,7 @@ def backup(to: Path, force: bool, out: Output) -> None:
     from lorahub_registry.registry import migrate
     from lorahub_registry.settings import Settings
 
-    if to.exists() and not force:
+    if to.is_file() and not force:
         raise OutputError(f"{to} exists", hint="--force replaces it, or name another file")
     migrate.backup(Settings.from_environment().database, to)
     out.record({"path": str(to)}, str(to), quiet=str(to))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -72,6 +73,19 @@ def test_learn_ends_with_the_best_that_it_saw(tiny_llama: tiny.Tiny) -> None:
     best = min(found.evaluations, key=lambda e: e.objective)
     assert found.coefficients == best.coefficients
     assert all(abs(c) <= 1.5 for e in found.evaluations for c in e.coefficients)
+
+
+def test_learn_takes_no_recommendation_and_lorahub_does(
+    tiny_llama: tiny.Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def search(evaluate: Any, *_: Any) -> tuple[float, ...]:
+        evaluate((0.25, 0.0))
+        evaluate((0.0, 0.25))
+        return (0.125, 0.125)
+
+    monkeypatch.setattr(sys.modules[learn.__module__], "_search", search)
+    assert searched(tiny_llama, Learn()).coefficients in {(0.25, 0.0), (0.0, 0.25)}
+    assert searched(tiny_llama, LoraHub()).coefficients == (0.125, 0.125)
 
 
 def test_bounds_and_start_are_kept(tiny_llama: tiny.Tiny) -> None:

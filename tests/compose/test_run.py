@@ -227,17 +227,17 @@ def test_two_skills_at_once_are_a_win(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.data
 def test_where_one_adapter_is_best_the_answer_is_an_honest_no(data: Path, tmp_path: Path) -> None:
-    made = stories(data, tmp_path, "zog_upper", {"type": "learn", "budget": 15}, 24, 80)
+    made = stories(data, tmp_path, "zog_upper", {"type": "learn", "budget": 12}, 24, 60)
     assert made.proof is not None
     assert not made.proof.verdict.win
-    assert made.proof.verdict.text.startswith("no better than upper: use upper (NLL +")
+    assert made.proof.verdict.text.startswith("no better than upper: use upper")
 
 
 @pytest.mark.data
 def test_the_published_objective_loses_to_the_best_single_adapter(
     data: Path, tmp_path: Path
 ) -> None:
-    made = stories(data, tmp_path, "zog_arr", {"type": "lorahub", "budget": 24}, 32, 60)
+    made = stories(data, tmp_path, "zog_arr", {"type": "lorahub", "budget": 20}, 32, 50)
     assert made.proof is not None
     scores = {row.name: row.nll for row in made.proof.table}
     assert scores["arr"] < scores["mixture"] < scores["base"]

@@ -70,7 +70,9 @@ def test_a_base_as_good_as_the_best_adapter_is_preferred() -> None:
 def test_a_win_no_better_than_the_uniform_average_says_so() -> None:
     found = judge(scores(at(1.4, 0.2), uniform=1.42), ["zog", "arr"])
     assert found.win
-    assert found.text.endswith("; it is no better than the uniform average (its NLL is 0.020 ± 0.020 lower)")
+    assert found.text.endswith(
+        "; it is no better than the uniform average (its NLL is 0.020 ± 0.020 lower)"
+    )
     assert "uniform" not in judge(scores(at(1.4, 0.2), uniform=1.5), ["zog", "arr"]).text
 
 
