@@ -218,9 +218,11 @@ def _enter(ready: Prepared, results: dict[str, Any], registry: Registry) -> Stor
         registry.place_base(facts.name, ready.base.folder)
     keys = {"mixture": stored.ref, **{m.name: m.key for m in ready.members}}
     for row in results.get("test", ()):
-        if row["name"] in keys:
-            for score in _scores(row, results["task"], ready):
-                registry.score(keys[row["name"]], score)
+        # Base and uniform average are no adapters: their scores stand with the mixture's.
+        own = row["name"] in keys
+        task = results["task"] if own else f"{results['task']}, {row['name']}"
+        for score in _scores(row, task, ready):
+            registry.score(keys[row["name"]] if own else stored.ref, score)
     return registry.get(stored.ref)
 
 

@@ -95,8 +95,11 @@ def test_the_registry_knows_its_lineage_and_every_score(lorareg, kitchen):
     assert said == [(m["name"], m["coefficient"], m["digest"]) for m in results["members"]]
     by_name = {row["name"]: row["nll"] for row in results["test"]}
     for ref, row in (("blend", "mixture"), ("plain", "plain"), ("wide", "wide")):
-        [score] = lorareg("show", ref, "--json").json["scores"]
-        assert (score["task"], score["metric"], score["source"]) == ("blend", "nll", "measured")
+        scores = {s["task"]: s for s in lorareg("show", ref, "--json").json["scores"]}
+        score = scores.pop("blend")
+        assert (score["metric"], score["source"]) == ("nll", "measured")
+        beside = {"blend, base", "blend, uniform average"} if ref == "blend" else set()
+        assert set(scores) == beside, "what is no adapter stands with the mixture"
         assert score["value"] == pytest.approx(by_name[row])
         assert score["n"] == 10
     assert lorareg("show", "plain", "--json").json["used_in"] == ["blend"]

@@ -52,7 +52,9 @@ def test_two_skills_at_once_are_a_win_that_is_proven(lorareg, kitchen, data):
     card = (kitchen.out / "README.md").read_text()
     assert "**Verdict:** beats the best single adapter, arr" in card
     stored = lorareg("show", "zog_arr", "--json").json
-    assert stored["scores"][0]["value"] == pytest.approx(nll["mixture"])
+    measured = {score["task"]: score["value"] for score in stored["scores"]}
+    assert measured["zog_arr"] == pytest.approx(nll["mixture"])
+    assert measured["zog_arr, base"] == pytest.approx(nll["base"])
     _loads_in_stock_peft(kitchen, data)
 
 
