@@ -18,7 +18,7 @@ from lorahub_registry.errors import NotApplied
 from lorahub_registry.evaluate.nll import RowNLL, score
 from lorahub_registry.evaluate.tokens import Batch
 from lorahub_registry.progress import Progress, silent
-from lorahub_registry.recipes.methods import Learn, LoraHub
+from lorahub_registry.recipes.learned import Learn, LoraHub
 from lorahub_registry.runtime.apply import Applied
 
 

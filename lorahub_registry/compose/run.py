@@ -20,7 +20,7 @@ from lorahub_registry.evaluate.base import LoadedBase
 from lorahub_registry.evaluate.generation import NORMALISATION
 from lorahub_registry.evaluate.tokens import Batch, Encoded, TokenRule, batches, encode
 from lorahub_registry.progress import Progress, silent
-from lorahub_registry.recipes.methods import Learn, LoraHub
+from lorahub_registry.recipes.learned import Learn, LoraHub
 from lorahub_registry.recipes.model import Recipe
 from lorahub_registry.recipes.rows import Row, overlap
 from lorahub_registry.recipes.template import render

@@ -16,7 +16,7 @@ from lorahub_registry.errors import NotApplied
 from lorahub_registry.evaluate.generation import generate
 from lorahub_registry.evaluate.nll import RowNLL, score
 from lorahub_registry.evaluate.tokens import Encoded, batches
-from lorahub_registry.recipes.methods import Learn, LoraHub
+from lorahub_registry.recipes.learned import Learn, LoraHub
 from lorahub_registry.runtime.apply import applied
 from lorahub_registry.weights.lowrank import LowRank
 from tests import tiny
