@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lorahub_registry.adapters.base_files import BaseFacts
 from lorahub_registry.adapters.bases import BaseName
+from lorahub_registry.adapters.config import REFUSED
 from lorahub_registry.adapters.facts import AdapterFacts
 from lorahub_registry.errors import IncompatibleAdapters
 
-_WHY = {
-    "use_dora": "DoRA scales the whole weight, which no sum of low-rank deltas expresses",
-    "modules_to_save": "it replaces whole modules (modules_to_save)",
-    "enable_lora": "it is a merged LoRA of PEFT before 0.3 (enable_lora)",
-}
+_LEAVE = "leave it out, or merge it into the base first"
+_PLAIN = (
+    "save it again as a plain LoRA: save_pretrained(…, path_initial_model_for_weight_conversion=…)"
+)
+# PEFT saves these along with an adapter on embeddings or on the head.
+_IN_BASE = re.compile(r"(embed_tokens|lm_head)\.(base_layer\.)?weight\Z")
+_WHOLE = (
+    "it is a whole tensor of the base; where it was not trained, save the adapter again with "
+    "save_pretrained(…, save_embedding_layers=False)"
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,8 @@ def check_sum(members: Sequence[Member]) -> None:
     """Whether a weighted sum of deltas expresses every member exactly.
 
     Raises:
-        IncompatibleAdapters: names the first that does not fit, and why.
+        IncompatibleAdapters: names the first that does not fit, and why; or two members, and the
+            module whose shapes differ.
     """
     for member in members:
         config = member.facts.config
@@ -75,20 +83,39 @@ def check_sum(members: Sequence[Member]) -> None:
                 f"{member.name}: it is {config.peft_type}, and only LoRA adapters can be summed"
             )
         if config.unsupported:
-            feature = config.unsupported[0]
+            feature, _, value = config.unsupported[0].partition("=")
+            why = REFUSED.get(feature, f"it uses {feature}, which lorareg does not know")
             raise IncompatibleAdapters(
-                f"{member.name}: {_WHY.get(feature, f'it uses {feature}')}; a sum would be wrong",
-                hint="leave it out, or merge it into the base first",
+                f"{member.name}: {why}{f': {feature} is {value}' if value else ''}; "
+                "a sum would be wrong",
+                hint=_PLAIN if feature == "init_lora_weights" else _LEAVE,
             )
-        kinds = {m.kind: m.name for m in member.facts.modules}
-        if odd := kinds.keys() - {"linear"}:
-            kind = sorted(odd)[0]
-            raise IncompatibleAdapters(f"{member.name}: {kinds[kind]} is {kind} LoRA, not linear")
-        if member.facts.other_tensors:
+        for module in member.facts.modules:
+            if module.kind == "conv":
+                raise IncompatibleAdapters(
+                    f"{member.name}: {module.name} is conv LoRA; only linear modules and "
+                    "embeddings can be summed"
+                )
+        if others := member.facts.other_tensors:
             raise IncompatibleAdapters(
-                f"{member.name}: holds {member.facts.other_tensors[0]}, which no sum of deltas "
-                "expresses"
+                f"{member.name}: holds {others[0]}, which no sum of deltas expresses",
+                hint=_WHOLE if all(map(_IN_BASE.search, others)) else None,
             )
+    _same_shapes(members)
+
+
+def _same_shapes(members: Sequence[Member]) -> None:
+    first: dict[str, tuple[Member, str]] = {}
+    for member in members:
+        for module in member.facts.modules:
+            shape = f"{module.kind} {module.fan_out}x{module.fan_in}"
+            other, there = first.setdefault(module.name, (member, shape))
+            if shape != there:
+                raise IncompatibleAdapters(
+                    f"{other.name} and {member.name} cannot be mixed: {module.name} is {there} "
+                    f"in the one and {shape} in the other",
+                    hint="they were made for different bases; leave one out",
+                )
 
 
 def check_factors(members: Sequence[Member]) -> None:

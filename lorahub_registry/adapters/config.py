@@ -32,6 +32,30 @@ _MAX_REPEATS = _MAX_GROUPS = 3
 _MAX_STEPS = 1e9  # some seconds
 PEFT_ALPHA = 8.0  # what PEFT takes for a config without lora_alpha
 
+REFUSED = {
+    "use_dora": "DoRA scales the whole weight (use_dora), which no sum of deltas expresses",
+    "bias": "it changes the base's biases, which are no low-rank deltas",
+    "lora_bias": "it adds a bias of its own (lora_bias), which is no low-rank delta",
+    "modules_to_save": "it replaces whole modules (modules_to_save)",
+    "trainable_token_indices": "it replaces single tokens' embeddings (trainable_token_indices)",
+    "target_parameters": "it changes bare parameters, not modules (target_parameters)",
+    "init_lora_weights": "its training started by changing the base's weights, so that its delta "
+    "is not to the base",
+    "layer_replication": "it sits on a base with repeated layers (layer_replication)",
+    "use_qalora": "QA-LoRA pools the module's input (use_qalora)",
+    "use_bdlora": "BD-LoRA's factors are block-diagonal (use_bdlora)",
+    "alora_invocation_tokens": "aLoRA acts on some tokens only (alora_invocation_tokens)",
+    "arrow_config": "Arrow chooses adapters token by token (arrow_config)",
+    "kasa_config": "KaSA changes the base's weights and adds a diagonal (kasa_config)",
+    "monteclora_config": "MonteCLoRA samples its factors (monteclora_config)",
+    "velora_config": "VeLoRA keeps a state beside the factors (velora_config)",
+    "enable_lora": "it is a merged LoRA of PEFT before 0.3 (enable_lora)",
+}
+"""What a sum of low-rank deltas does not express: the config's key → why."""
+# These start from the base's own weights and change the base; their files only fit that one.
+# save_pretrained(path_initial_model_for_weight_conversion=…) resets the key to true.
+_CHANGES_BASE = re.compile(r"pissa|olora|corda|lora_ga|loftq")
+
 
 @dataclass(frozen=True)
 class AdapterConfig:
@@ -137,25 +161,20 @@ def _checked(raw: dict[str, Any]) -> AdapterConfig:
 
 def _unsupported(raw: Mapping[str, Any]) -> tuple[str, ...]:
     """The features that are on and that a sum of low-rank deltas does not express."""
-    on = [
-        key
-        for key in ("use_dora", "use_qalora", "lora_bias", "use_bdlora", "velora_config",
-                    "layer_replication", "trainable_token_indices", "target_parameters",
-                    "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config")
-        if raw.get(key)
-    ]  # fmt: skip
-    enabled = raw.get("enable_lora")
-    if isinstance(enabled, list):
-        on.append("enable_lora")
-    init = raw.get("init_lora_weights")
-    # These start from the base's own weights and change the base; their files only fit that one.
-    # save_pretrained(path_initial_model_for_weight_conversion=…) resets the key to true.
-    if isinstance(init, str) and re.match(r"pissa|olora|corda|lora_ga|loftq", init.lower()):
-        on.append(f"init_lora_weights={init}")
-    if str(raw.get("bias") or "none") != "none":
-        on.append(f"bias={raw['bias']}")
-    if raw.get("modules_to_save"):
-        on.append("modules_to_save")
+    on = []
+    for key in REFUSED:
+        value = raw.get(key)
+        if key == "init_lora_weights":
+            if isinstance(value, str) and _CHANGES_BASE.match(value.lower()):
+                on.append(f"{key}={value}")
+        elif key == "bias":
+            if str(value or "none") != "none":
+                on.append(f"{key}={value}")
+        elif isinstance(value, list) if key == "enable_lora" else value:
+            on.append(key)
+    # A switch that a later PEFT brought may change anything.
+    new = (k for k in raw if k.startswith("use_") and k not in {*REFUSED, "use_rslora"})
+    on += sorted(key for key in new if raw[key])
     return tuple(on)
 
 

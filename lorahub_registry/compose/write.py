@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ from lorahub_registry.progress import Progress, silent
 from lorahub_registry.recipes.fields import OutputRank
 from lorahub_registry.runtime.apply import applied
 from lorahub_registry.weights.files import DTYPES, load_deltas, save_adapter
-from lorahub_registry.weights.lowrank import Deltas, LowRank, truncate, weighted_sum
+from lorahub_registry.weights.lowrank import Deltas, LowRank, weighted_sum
+from lorahub_registry.weights.truncate import Truncated, truncate
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,14 @@ class Written:
         ranks: rank → number of modules.
         kept: least share of energy that any module kept in truncation; 1 for a full sum.
         total_kept: share over all modules together.
+        truncation_error: norm of what truncation cut off, as a share of the delta's norm.
         cast_error: norm of what the written dtype changed, as a share of the delta's norm.
     """
 
     ranks: dict[int, int]
     kept: float
     total_kept: float
+    truncation_error: float
     cast_error: float
 
 
@@ -47,31 +51,31 @@ def write_mixture(
     *,
     rank: OutputRank,
     dtype: str,
+    cut: Mapping[str, Truncated] | None = None,
     progress: Progress = silent,
 ) -> Written:
     """Write ``deltas``, truncated as asked, into ``folder``.
+
+    Args:
+        rank: ``full`` is exact: no rank is more than the module's own dimensions.
+        cut: modules that are truncated already, and what that cost.
 
     Raises:
         NotApplied: the deltas are all zero.
     """
     if not any(delta.b.any() and delta.a.any() for delta in deltas.values()):
         raise NotApplied("the mixture's delta is zero: it would change nothing")
+    done: dict[str, Truncated] = dict(cut or {})
     out: dict[str, LowRank] = {}
-    least, total, lost = 1.0, 0.0, 0.0
     # QR and SVD in float64: on a GPU where there is one (Apple's has no float64).
     place = base.device if base.device.type == "cuda" else torch.device("cpu")
     with progress.task("Writing", len(deltas), "module") as task:
         for name, delta in deltas.items():
-            out[name] = LowRank(delta.a.cpu(), delta.b.cpu())
-            if not rank.full:
-                there = LowRank(delta.a.to(place), delta.b.to(place))
-                cut = truncate(there, rank=rank.rank, energy=rank.energy)
-                out[name] = LowRank(cut.delta.a.cpu(), cut.delta.b.cpu())
-                least = min(least, cut.kept)
-                total += cut.energy
-                lost += (1 - cut.kept) * cut.energy
+            if name not in done and (not rank.full or delta.rank > min(delta.shape)):
+                done[name] = truncate(delta.to(place), rank=rank.rank, energy=rank.energy)
+            out[name] = (done[name].delta if name in done else delta).to("cpu")
             task.advance()
-    modules = base.linear_modules()
+    named = dict(base.model.named_modules())
     save_adapter(
         folder,
         out,
@@ -79,11 +83,18 @@ def write_mixture(
         base_revision=base.revision,
         task_type=base.task_type,
         dtype=dtype,
-        all_modules=modules.keys(),
-        fan_in_fan_out=any(type(modules[name]).__name__ == "Conv1D" for name in out),
+        all_modules=named.keys(),
+        fan_in_fan_out=any(type(named[name]).__name__ == "Conv1D" for name in out),
     )
-    kept = 1 - lost / total if total else 1.0
-    return Written(read_facts(folder).ranks, least, kept, _cast_error(out, DTYPES[dtype]))
+    total = math.fsum(t.energy for t in done.values())
+    share = math.fsum(t.lost for t in done.values()) / total if total else 0.0
+    return Written(
+        ranks=read_facts(folder).ranks,
+        kept=min((t.kept for t in done.values()), default=1.0),
+        total_kept=1 - share,
+        truncation_error=math.sqrt(share),
+        cast_error=_cast_error(out, DTYPES[dtype]),
+    )
 
 
 def _cast_error(deltas: Deltas, dtype: torch.dtype) -> float:
@@ -91,7 +102,7 @@ def _cast_error(deltas: Deltas, dtype: torch.dtype) -> float:
         return 0.0
     error = whole = 0.0
     for delta in deltas.values():
-        cast = LowRank(delta.a.to(dtype).float(), delta.b.to(dtype).float())
+        cast = delta.to("cpu", dtype).to("cpu", delta.dtype)
         both = weighted_sum([{"": delta}, {"": cast}], [1.0, -1.0])[""]
         error += both.norm() ** 2
         whole += delta.norm() ** 2

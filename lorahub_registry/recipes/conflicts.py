@@ -63,6 +63,17 @@ def conflicts(recipe: Mapping[str, Any]) -> Iterator[Conflict]:
                 yield Conflict(("adapters", i), f"method {name} needs its coefficient here")
         if learned and _at(recipe, "data", "train") is None:
             yield Conflict(("data", "train"), f"is missing; method {name} learns from its rows")
+        entrywise = getattr(method, "form", None) == "entries"
+        if entrywise and _at(recipe, "output", "rank") in (None, "full"):
+            yield Conflict(
+                ("output", "rank"),
+                f"method {name} changes single entries, which leaves no low rank to write in "
+                "full; give rank: 64 or rank: energy 0.9 (energy 1 is exact)",
+            )
+    if _at(recipe, "data", "test", "select") == "diverse":
+        yield Conflict(
+            ("data", "test", "select"), "test rows are not chosen by the base; take random"
+        )
     yield from _answer_shown(recipe)
     one, other = recipe.get("license"), _at(recipe, "publish", "license")
     if one is not None and other is not None and one != other:

@@ -33,6 +33,8 @@ class MethodBase(Strict):
     Attributes:
         info: title and paper.
         coefficients: ``given`` in the recipe, one an adapter, or ``learned`` from its rows.
+        form: what they multiply: ``delta``, ``factor`` or ``entries``; a field where it is an
+            option.
     """
 
     # A recipe must say the type; only Python code may leave it out.
@@ -40,6 +42,8 @@ class MethodBase(Strict):
 
     info: ClassVar[MethodInfo]
     coefficients: ClassVar[Literal["given", "learned"]]
+
+    type: str  # here, so that it is written first
 
     @classmethod
     def name(cls) -> str:

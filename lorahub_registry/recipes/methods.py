@@ -1,6 +1,7 @@
 """The table of methods that a recipe may name, which help, docs and cards read.
 
-A new method is a class in :mod:`.static` or :mod:`.learned`, and its place in :data:`AnyMethod`.
+A new method is a class in :mod:`.static` or :mod:`.learned`, and its place in
+:data:`.static.AnyStatic` or :data:`AnyMethod`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from pydantic import Field
 
 from lorahub_registry.recipes.learned import Learn, LoraHub
 from lorahub_registry.recipes.method import MethodBase
-from lorahub_registry.recipes.static import Linear
+from lorahub_registry.recipes.static import AnyStatic
 
-AnyMethod = Linear | Learn | LoraHub
+AnyMethod = AnyStatic | Learn | LoraHub
 Method = Annotated[AnyMethod, Field(discriminator="type")]
 METHODS: dict[str, type[MethodBase]] = {cls.name(): cls for cls in get_args(AnyMethod)}
 """``method.type`` → its class, in the order in which help lists them."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 
 from lorahub_registry.adapters.base_files import BaseFacts, base_digest, read_base
 from lorahub_registry.adapters.compat import check_base, check_factors, check_sum
+from lorahub_registry.adapters.config import REFUSED
 from lorahub_registry.errors import IncompatibleAdapters
 from tests import tiny
 from tests.adapters.making import BASE, Q, V, adapter, lora, member
@@ -16,7 +19,7 @@ from tests.adapters.making import BASE, Q, V, adapter, lora, member
 SHAPES = {f"{module}.weight": (8, 8) for module in (Q, V)}
 
 
-@pytest.mark.parametrize("kind", ["plain", "wide", "head", "rslora", "patterns"])
+@pytest.mark.parametrize("kind", ["plain", "wide", "head", "rslora", "patterns", "embedding"])
 def test_lora_of_any_rank_and_scaling_can_be_summed(tiny_llama: tiny.Tiny, kind: str) -> None:
     check_sum([member(tiny_llama.adapter(kind)), member(tiny_llama.adapter("plain"))])
 
@@ -25,10 +28,12 @@ def test_lora_of_any_rank_and_scaling_can_be_summed(tiny_llama: tiny.Tiny, kind:
     ("kind", "said"),
     [
         ("dora", "dora: DoRA scales the whole weight"),
-        ("bias", "bias: it uses bias=lora_only"),
-        ("lora_bias", "lora_bias: it uses lora_bias"),
+        (
+            "bias",
+            "bias: it changes the base's biases, which are no low-rank deltas: bias is lora_only",
+        ),
+        ("lora_bias", "lora_bias: it adds a bias of its own (lora_bias)"),
         ("modules_to_save", "modules_to_save: it replaces whole modules"),
-        ("embedding", "embedding: model.embed_tokens is embedding LoRA"),
         ("ia3", "ia3: it is IA3"),
         ("adalora", "adalora: it is ADALORA"),
     ],
@@ -49,7 +54,8 @@ def test_other_refusals_of_a_sum(tmp_path: Path) -> None:
     for name, tensors, more, said in (
         ("conv", conv, {}, "m is conv LoRA"),
         ("extra", lora() | {"model.norm.weight": ("F32", [1], bytes(4))}, {}, "holds model.norm"),
-        ("pissa", lora(), {"init_lora_weights": "pissa"}, "init_lora_weights=pissa"),
+        ("pissa", lora(), {"init_lora_weights": "pissa"}, "init_lora_weights is pissa"),
+        ("later", lora(), {"use_foo": True}, "use_foo, which lorareg does not know"),
         ("old", lora(), {"enable_lora": [True]}, "merged LoRA of PEFT before 0.3"),
     ):
         with pytest.raises(IncompatibleAdapters, match=said):
@@ -62,6 +68,109 @@ def test_other_refusals_of_a_sum(tmp_path: Path) -> None:
     with pytest.raises(IncompatibleAdapters, match="a pickle") as caught:
         check_sum([member(bare)])
     assert caught.value.hint == "lorareg convert k"  # what the registry finds it by
+
+
+def test_a_module_of_two_shapes_is_refused_with_both_and_both_adapters(tmp_path: Path) -> None:
+    one = member(adapter(tmp_path / "one"))
+    wide = member(adapter(tmp_path / "wide", lora((Q, V), fan_out=16)))
+    narrow = lora((Q,)) | lora((V,), fan_in=4)
+    other = member(adapter(tmp_path / "other", narrow))
+    same = member(adapter(tmp_path / "same", lora((Q,), rank=2), r=2))
+    check_sum([one, same])
+    for members, said in (
+        ([one, same, wide], f"one and wide cannot be mixed: {Q} is linear 8x8 in the one and "
+                            "linear 16x8"),
+        ([one, other], f"one and other cannot be mixed: {V} is linear 8x8 in the one and linear "
+                       "8x4"),
+    ):  # fmt: skip
+        with pytest.raises(IncompatibleAdapters, match=said):
+            check_sum(members)
+
+
+def test_whole_tensors_of_the_base_beside_the_factors_are_refused_with_the_way_out(
+    tmp_path: Path,
+) -> None:
+    for name in ("model.embed_tokens.base_layer.weight", "lm_head.weight"):
+        extra = {f"base_model.model.{name}": ("F32", [8, 8], bytes(256))}
+        with pytest.raises(IncompatibleAdapters, match=f"holds base_model.model.{name}") as caught:
+            check_sum([member(adapter(tmp_path / name, lora() | extra))])
+        assert "save_embedding_layers=False" in (caught.value.hint or "")
+
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "algebra.md"
+ON = {
+    "alora_invocation_tokens": [1, 2],
+    "bias": "all",
+    "use_dora": True,
+    "init_lora_weights": "pissa",
+    "modules_to_save": ["lm_head"],
+    "enable_lora": [True, False],
+    "layer_replication": [[0, 2]],
+    "target_parameters": ["experts.up"],
+    "trainable_token_indices": [1],
+}
+# Rows of the page that name no key of the config: the tests above, and those of weights/files.
+ELSEWHERE = (
+    "whole embeddings in the file",
+    "conv LoRA",
+    "a switch that a later PEFT brought",
+    "other kinds: IA³, AdaLoRA, LoHa…",
+    "NaN or infinity",
+    "a module of two shapes",
+)
+
+
+def page_rows(word: str) -> list[str]:
+    cells = [line.split(" | ") for line in PAGE.read_text("utf-8").splitlines()]
+    return [row[0].removeprefix("| ") for row in cells if len(row) > 2 and row[1] == word]
+
+
+@pytest.mark.parametrize("row", page_rows("refused"))
+def test_what_the_page_says_is_refused_is(tmp_path: Path, row: str) -> None:
+    if row.startswith(ELSEWHERE):
+        return
+    (key,) = re.findall(r"\(`(\w+)`\)", row)
+    values = re.findall(r"`(\w+)`", row.partition("): ")[2]) or [ON.get(key, {"some": 1})]
+    for number, value in enumerate(values):
+        folder = adapter(tmp_path / str(number), **{key: value})
+        with pytest.raises(IncompatibleAdapters, match=key) as caught:
+            check_sum([member(folder)])
+        assert caught.value.hint
+
+
+def test_the_page_has_a_row_for_all_that_is_refused() -> None:
+    refused = " ".join(page_rows("refused"))
+    assert all(f"`{key}`" in refused for key in REFUSED)
+    assert all(any(row.startswith(name) for row in page_rows("refused")) for name in ELSEWHERE)
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal", "mica"])
+def test_inits_that_leave_the_base_alone_are_taken(tmp_path: Path, init: Any) -> None:
+    check_sum([member(adapter(tmp_path, init_lora_weights=init))])
+    [row] = [r for r in page_rows("handled") if r.startswith("inits")]
+    assert isinstance(init, bool) or f"`{init}`" in row
+
+
+# What PEFT's config may say, and why it does not change what B·A means.
+HARMLESS = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path",
+    "revision", "inference_mode", "runtime_config",
+    # The tensors say which modules there are.
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    # Training only, or what an init was told: the init itself is looked at.
+    "lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "megatron_config", "megatron_core", "qalora_group_size", "ensure_weight_tying",
+}  # fmt: skip
+HANDLED = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out"}
+
+
+def test_every_field_of_pefts_config_is_harmless_handled_or_refused() -> None:
+    from peft import LoraConfig
+
+    fields = {f.name for f in dataclasses.fields(LoraConfig)}
+    known = HARMLESS | HANDLED | (REFUSED.keys() - {"enable_lora"})  # of PEFT before 0.3
+    assert fields - known == set(), "new in PEFT: does a sum of deltas express it?"
+    assert known - fields == set(), "no longer in PEFT"
 
 
 def test_factors_need_one_rank_scaling_and_set_of_targets(tmp_path: Path) -> None:

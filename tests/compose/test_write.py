@@ -17,6 +17,7 @@ from lorahub_registry.errors import NotApplied
 from lorahub_registry.recipes.fields import OutputRank
 from lorahub_registry.weights.files import load_deltas
 from lorahub_registry.weights.lowrank import LowRank, weighted_sum
+from lorahub_registry.weights.truncate import truncate
 from tests import tiny
 from tests.compose.making import deltas, tokens
 
@@ -38,6 +39,7 @@ def test_a_full_sum_costs_nothing(tiny_llama: tiny.Tiny, tmp_path: Path) -> None
     mixed = mixture(tiny_llama)
     written = put(tmp_path, tiny_llama.base(), mixed)
     assert (written.kept, written.total_kept, written.cast_error) == (1.0, 1.0, 0.0)
+    assert written.truncation_error == 0.0
     assert written.ranks == {6: 10, 10: 4}
     back = load_deltas(tmp_path, read_facts(tmp_path))
     assert all(torch.equal(back[n].dense(), mixed[n].dense()) for n in mixed)
@@ -57,6 +59,54 @@ def test_what_truncation_costs_is_measured(tiny_llama: tiny.Tiny, tmp_path: Path
     assert written.total_kept == pytest.approx(1 - lost / total, abs=1e-6)
     assert written.kept == pytest.approx(least, abs=1e-6)
     assert 0 < written.kept < written.total_kept < 1
+    assert written.truncation_error == pytest.approx((lost / total) ** 0.5, rel=1e-4)
+
+
+def test_a_full_sum_of_more_ranks_than_a_module_has_is_written_at_its_own(
+    tiny_llama: tiny.Tiny, tmp_path: Path
+) -> None:
+    one = deltas(tiny_llama, "wide")
+    mixed = weighted_sum([one, deltas(tiny_llama, "plain")] * 4, [0.8, -0.5, *[0.1] * 6])
+    written = put(tmp_path, tiny_llama.base(), mixed)
+    assert {d.rank for d in mixed.values()} == {24, 40}
+    sizes = {n: min(d.rank, *d.shape) for n, d in mixed.items()}
+    assert written.ranks == {16: 4, 24: 8, 32: 2}  # k and v are 16 x 32
+    assert (written.kept, written.truncation_error) == (1.0, 0.0)
+    back = load_deltas(tmp_path, read_facts(tmp_path))
+    for name, delta in mixed.items():
+        assert back[name].rank == sizes[name]
+        whole = delta.b.double() @ delta.a.double()
+        gap = float((back[name].b.double() @ back[name].a.double() - whole).abs().max())
+        assert gap <= 2e-6 * float(whole.abs().max())
+
+
+def test_what_was_truncated_before_is_written_as_it_is(
+    tiny_llama: tiny.Tiny, tmp_path: Path
+) -> None:
+    mixed = mixture(tiny_llama)
+    cut = {name: truncate(delta, rank=2) for name, delta in mixed.items()}
+    made = {name: one.delta for name, one in cut.items()}
+    written = write_mixture(
+        tmp_path, made, tiny_llama.base(), rank=OutputRank(rank=2), dtype="float32", cut=cut
+    )
+    again = tmp_path / "again"
+    once = put(again, tiny_llama.base(), mixed, OutputRank(rank=2))
+    assert written == once
+    assert written.truncation_error > 0.1
+    back = load_deltas(tmp_path, read_facts(tmp_path))
+    assert all(torch.equal(back[n].a, made[n].a) for n in made)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_mixture_with_embeddings_is_written_and_checked(
+    tiny_llama: tiny.Tiny, tmp_path: Path, dtype: str
+) -> None:
+    base = tiny_llama.base()
+    mixed = weighted_sum([deltas(tiny_llama, k) for k in ("embedding", "plain")], [0.7, 0.4])
+    written = put(tmp_path, base, mixed, OutputRank(rank=3), dtype=dtype)
+    assert written.ranks == {3: 5}
+    assert check_applied(base, tmp_path, tokens(base)) > 0.1
+    assert clean(base, tiny_llama)
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [("bfloat16", 8), ("float16", 11)])

@@ -12,9 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorahub_registry.adapters.facts import read_facts
-from lorahub_registry.errors import BrokenAdapter
-from lorahub_registry.weights.files import load_deltas, load_factors, save_adapter, short_targets
-from lorahub_registry.weights.lowrank import LowRank, truncate, weighted_sum
+from lorahub_registry.errors import BrokenAdapter, IncompatibleAdapters
+from lorahub_registry.weights.files import (
+    exact_pattern,
+    load_deltas,
+    load_factors,
+    save_adapter,
+    short_targets,
+)
+from lorahub_registry.weights.lowrank import LowRank, weighted_sum
+from lorahub_registry.weights.truncate import truncate
 from tests import tiny
 
 KINDS = ["plain", "wide", "head", "rslora", "patterns", "rslora-patterns"]
@@ -90,10 +97,10 @@ def test_half_precision_files_are_read_as_float32(tiny_llama: tiny.Tiny, tmp_pat
 
 def written(model: tiny.Tiny, folder: Path, mixture: dict[str, LowRank], **more: Any) -> Path:
     folder.mkdir(parents=True)
-    modules = model.base().linear_modules()
+    modules = [name for name, _ in model.model().named_modules()]
     save_adapter(
         folder, mixture, base=model.name, base_revision=None, task_type="CAUSAL_LM",
-        all_modules=modules.keys(), **more,
+        all_modules=modules, **more,
     )  # fmt: skip
     return folder
 
@@ -256,3 +263,117 @@ def test_a_short_target_catches_just_the_adapted_modules_by_pefts_own_rule() -> 
         targets = short_targets(adapted, ALL)
         caught = [m for m in ALL if any(m == t or m.endswith(f".{t}") for t in targets)]
         assert caught == [m for m in ALL if m in adapted]
+
+
+# Names that end in one another: PEFT takes a target, and a key of a pattern, for all of them.
+NESTED = ["lm_head", "draft.lm_head", "draft.inner.lm_head", "l.1.q", "model.l.1.q", "modelXl.1.q"]
+
+
+@pytest.mark.parametrize("adapted", [["lm_head"], ["draft.lm_head"], ["l.1.q"], NESTED[:2],
+                                     ["lm_head", "model.l.1.q"], NESTED[2:], NESTED])  # fmt: skip
+def test_targets_and_patterns_mean_just_these_modules_by_pefts_own_rule(adapted: list[str]) -> None:
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from peft.utils.other import get_pattern_key
+
+    config = LoraConfig(target_modules=short_targets(adapted, NESTED))
+    assert [m for m in NESTED if check_target_module_exists(config, m)] == [
+        m for m in NESTED if m in adapted
+    ]
+    ranks = {exact_pattern(name, adapted): n for n, name in enumerate(adapted)}
+    found = [ranks[get_pattern_key(ranks, name)] for name in adapted]
+    assert found == list(range(len(adapted)))
+    # One of them alone has a rank of its own.
+    for name in adapted:
+        key = exact_pattern(name, adapted)
+        assert [m for m in adapted if get_pattern_key([key], m) == key] == [name]
+
+
+def test_names_that_end_in_one_another_keep_their_ranks_in_stock_peft(tmp_path: Path) -> None:
+    from peft import PeftModel
+    from torch import nn
+
+    inner = nn.ModuleDict({"head": nn.Linear(4, 4), "other": nn.Linear(4, 4)})
+    model = nn.ModuleDict({"head": nn.Linear(4, 4), "draft": inner, "more": nn.Linear(4, 4)})
+    made = torch.Generator().manual_seed(1)
+    ranks = {"head": 1, "draft.other": 2, "more": 2}
+    mixture = {
+        name: LowRank(torch.randn(rank, 4, generator=made), torch.randn(4, rank, generator=made))
+        for name, rank in ranks.items()
+    }
+    save_adapter(
+        tmp_path, mixture, base="b", base_revision=None, task_type="CAUSAL_LM",
+        all_modules=[n for n, _ in model.named_modules()],
+    )  # fmt: skip
+    raw = json.loads((tmp_path / "adapter_config.json").read_text())
+    raw["task_type"] = None  # the model is no transformers one
+    (tmp_path / "adapter_config.json").write_text(json.dumps(raw))
+    layers = tiny.tuned_layers(PeftModel.from_pretrained(model, str(tmp_path)), "default")
+    assert {name: layer.r["default"] for name, layer in layers.items()} == ranks
+    for name, layer in layers.items():
+        torch.testing.assert_close(layer.get_delta_weight("default"), mixture[name].dense())
+    assert read_facts(tmp_path).ranks == {1: 1, 2: 2}
+
+
+def test_embedding_deltas_are_those_of_peft_transposed(tiny_llama: tiny.Tiny) -> None:
+    ours, model = deltas(tiny_llama, "embedding"), tiny_llama.peft("embedding")
+    layer = model.base_model.model.model.embed_tokens
+    delta = ours["model.embed_tokens"]
+    assert {d.kind for d in ours.values()} == {"linear", "embedding"}
+    assert delta.shape == (32, layer.weight.shape[0])
+    torch.testing.assert_close(
+        delta.dense().T, layer.get_delta_weight("embedding"), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_a_mixture_with_embeddings_is_what_stock_peft_loads(
+    tiny_llama: tiny.Tiny, tmp_path: Path, rank: int | None
+) -> None:
+    parts = [deltas(tiny_llama, k) for k in ("embedding", "wide")]
+    mixture = weighted_sum([*parts, parts[0]], [0.7, -1.3, 0.2])
+    if rank:
+        mixture = {name: truncate(delta, rank=rank).delta for name, delta in mixture.items()}
+    bare = tiny_llama.model()
+    named = dict(bare.named_modules())
+    for name, delta in mixture.items():
+        dense = delta.dense()
+        named[name].weight.data += dense.T if delta.kind == "embedding" else dense
+    ours = from_stock_peft(tiny_llama, written(tiny_llama, tmp_path / "mix", mixture))
+    expected, base = logits(bare), logits(tiny_llama.model())
+    torch.testing.assert_close(logits(ours), expected, rtol=1e-4, atol=1e-4 * float(base.std()))
+    assert float((expected - base).abs().max()) > 0.5 * float(base.std())
+    back = load_deltas(tmp_path / "mix", read_facts(tmp_path / "mix"))
+    assert all(torch.equal(back[n].a, mixture[n].a) for n in mixture)
+    assert {n: d.kind for n, d in back.items()} == {n: d.kind for n, d in mixture.items()}
+
+
+def test_conv_lora_is_no_matrix(tmp_path: Path) -> None:
+    from tests.adapters.making import adapter
+
+    tensors = {f"m.lora_{side}.weight": ("F32", [4, 4, 1, 1], bytes(64)) for side in "AB"}
+    folder = adapter(tmp_path, tensors)
+    with pytest.raises(IncompatibleAdapters, match="m is conv LoRA"):
+        load_deltas(folder, read_facts(folder))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_of_half_precision_files_agree_with_float64(
+    tiny_llama: tiny.Tiny, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    parts, exact = [], []
+    for kind in ("patterns", "rslora"):
+        folder = tmp_path / kind
+        shutil.copytree(tiny_llama.adapter(kind), folder)
+        file = folder / "adapter_model.safetensors"
+        save_file({k: v.to(dtype) for k, v in load_file(file).items()}, file)
+        facts = read_facts(folder)
+        parts.append(load_deltas(folder, facts))
+        factors = load_factors(folder, facts)
+        exact.append({n: s * b.double() @ a.double() for n, (a, b, s) in factors.items()})
+    for name, delta in weighted_sum(parts, COEFFICIENTS).items():
+        terms = [c * e[name] for c, e in zip(COEFFICIENTS, exact, strict=True) if name in e]
+        whole = sum(terms)
+        size = sum(float(t.abs().max()) for t in terms)
+        dense = delta.b.double() @ delta.a.double()
+        assert float((dense - whole).abs().max()) <= 1e-6 * size

@@ -7,10 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from lorahub_registry.weights.lowrank import LowRank, truncate, weighted_sum
+from lorahub_registry.errors import IncompatibleAdapters
+from lorahub_registry.weights.lowrank import (
+    LowRank,
+    cosine,
+    factor_sum,
+    inner,
+    norm,
+    weighted_sum,
+)
 
 SIZES = st.integers(1, 6)
 COEFFICIENT = st.floats(-3, 3, allow_subnormal=False).filter(lambda c: abs(c) > 1e-3)
@@ -112,78 +120,99 @@ def test_scaling_and_densifying() -> None:
     assert delta.scaled(0.0).norm() == 0.0
 
 
+@given(adapters(), st.data())
+def test_inner_products_and_norms_are_those_of_all_entries(
+    parts: list[dict[str, LowRank]], data: st.DataObject
+) -> None:
+    one, other = data.draw(st.sampled_from(parts)), data.draw(st.sampled_from(parts))
+    expected = sum(
+        float((dense(one[name]) * dense(other[name])).sum()) for name in one.keys() & other.keys()
+    )
+    sizes = [sum(float(dense(d).square().sum()) for d in p.values()) ** 0.5 for p in (one, other)]
+    assert inner(one, other) == pytest.approx(expected, abs=1e-9 * sizes[0] * sizes[1])
+    assert norm(one) == pytest.approx(sizes[0], rel=1e-9)
+    assert cosine(one, other) == pytest.approx(expected / (sizes[0] * sizes[1]), abs=1e-9)
+    assert cosine(one, one) == pytest.approx(1.0, abs=1e-12)
+    assert cosine(one, {n: d.scaled(-3.0) for n, d in one.items()}) == pytest.approx(-1.0)
+
+
+def test_adapters_that_share_no_module_are_orthogonal() -> None:
+    one, other = {"p": random(1, 2, 3, 4)}, {"q": random(2, 2, 3, 4)}
+    assert inner(one, other) == cosine(one, other) == 0.0
+    assert set(weighted_sum([one, other], [1.0, 1.0])) == {"p", "q"}
+
+
+def test_an_adapter_of_zeros_has_no_norm_direction_or_rank() -> None:
+    zero = LowRank(torch.zeros(2, 3), torch.zeros(4, 2))
+    assert zero.norm() == norm({"p": zero}) == norm({}) == 0.0
+    assert cosine({"p": zero}, {"p": random(1, 2, 3, 4)}) == 0.0
+    assert zero.effective_rank() == 0.0
+    assert weighted_sum([{"p": zero}], [2.0])["p"].norm() == 0.0
+
+
+def test_what_is_left_of_terms_that_cancel_is_not_lost_in_them() -> None:
+    one = random(1, 3, 50, 40).to("cpu", torch.float64)
+    almost = LowRank(one.a, one.b * (1 + 1e-10))
+    left = weighted_sum([{"p": one}, {"p": almost}], [1.0, -1.0])["p"]
+    # Squares of the entries' products would hold nothing below 1e-8 of the terms.
+    assert left.norm() == pytest.approx(1e-10 * one.norm(), rel=1e-4)
+
+
 @given(st.integers(0, 10**6), st.integers(1, 9), SIZES, SIZES)
-def test_truncation_at_full_rank_is_the_sum_itself(seed: int, rank: int, m: int, n: int) -> None:
+def test_singular_values_and_effective_rank_are_the_dense_matrixs(
+    seed: int, rank: int, m: int, n: int
+) -> None:
     delta = random(seed, rank, m, n)
-    cut = truncate(delta)
-    assert cut.kept == pytest.approx(1.0, abs=1e-12)
-    assert cut.delta.rank == min(rank, m, n)
-    close(dense(cut.delta), dense(delta))
-    close(dense(truncate(delta, rank=100).delta), dense(delta))
+    expected = torch.linalg.svdvals(dense(delta))[: min(rank, m, n)]
+    torch.testing.assert_close(delta.singular_values(), expected, rtol=1e-9, atol=1e-9)
+    shares = expected.square() / expected.square().sum()
+    entropy = -float((shares * shares.log()).nan_to_num(0.0).sum())
+    assert delta.effective_rank() == pytest.approx(math.exp(entropy), rel=1e-6)
+    assert 1 - 1e-9 <= delta.effective_rank() <= min(rank, m, n) + 1e-9
 
 
-@given(st.integers(0, 10**6), st.integers(1, 12), st.integers(2, 8), st.integers(2, 8), SIZES)
-@settings(max_examples=60)
-def test_truncation_is_the_best_of_its_rank(seed: int, rank: int, m: int, n: int, r: int) -> None:
-    delta = random(seed, rank, m, n)
-    cut = truncate(delta, rank=r)
-    whole = dense(delta)
-    values = torch.linalg.svdvals(whole)
-    best = float(values[r:].square().sum().sqrt())  # Eckart–Young
-    error = float((dense(cut.delta) - whole).norm())
-    assert error <= best + 1e-5 * float(values[0])
-    total = float(values.square().sum())
-    assert cut.kept == pytest.approx(float(values[:r].square().sum()) / total, abs=1e-9)
-    assert cut.delta.rank <= min(r, m, n)
+def test_the_effective_rank_of_equal_directions_is_their_number() -> None:
+    q = torch.linalg.qr(torch.randn(9, 4, generator=torch.Generator().manual_seed(1)))[0]
+    assert LowRank(q.T, 3 * q).effective_rank() == pytest.approx(4.0)
+    # The same direction four times is one.
+    assert LowRank(q.T[:1].repeat(4, 1), q[:, :1].repeat(1, 4)).effective_rank() == pytest.approx(1)
 
 
-@given(
-    st.integers(0, 10**6), st.integers(1, 10), st.sampled_from([0.1, 0.5, 0.9, 0.99, 0.999999, 1.0])
-)
-def test_energy_takes_the_smallest_rank_that_keeps_it(seed: int, rank: int, energy: float) -> None:
-    delta = random(seed, rank, 8, 7)
-    squares = torch.linalg.svdvals(dense(delta)).square()[: min(rank, 7)]
-    shares = squares.cumsum(0) / squares.sum()
-    cut = truncate(delta, energy=energy)
-    kept = cut.delta.rank
-    assert float(shares[kept - 1]) >= energy - 1e-9
-    assert kept == 1 or float(shares[kept - 2]) < energy
-    assert cut.kept == pytest.approx(float(shares[kept - 1]), abs=1e-9)
+@given(adapters(), st.data())
+def test_the_factor_form_is_the_product_of_sums(
+    parts: list[dict[str, LowRank]], data: st.DataObject
+) -> None:
+    one = parts[0]
+    other = {n: LowRank(d.a.flip(1), d.b.flip(0)) for n, d in one.items()}
+    c, e = data.draw(COEFFICIENT), data.draw(COEFFICIENT)
+    mixed = factor_sum([one, other], [c, e])
+    assert list(mixed) == sorted(one)
+    for name, delta in mixed.items():
+        b = c * one[name].b.double() + e * other[name].b.double()
+        a = c * one[name].a.double() + e * other[name].a.double()
+        close(dense(delta), b @ a, (b.abs() @ a.abs()).max() + dense(one[name]).abs().max())
+        flipped = factor_sum([one, other], [-c, -e])[name]
+        close(dense(flipped), dense(delta))
+    with pytest.raises(ValueError):
+        factor_sum([one, other], [1.0])
 
 
-def test_energy_on_the_very_share_of_a_rank_takes_that_rank() -> None:
-    delta = LowRank(torch.eye(3), torch.diag(torch.tensor([2.0, 1.0, 1.0])))  # squares 4, 1, 1
-    assert truncate(delta, energy=4 / 6).delta.rank == 1
-    assert truncate(delta, energy=5 / 6).delta.rank == 2
-    assert truncate(delta, energy=5 / 6 + 1e-6).delta.rank == 3
-    assert truncate(delta, energy=1.0, rank=2).delta.rank == 2
+def test_a_module_of_two_shapes_is_refused_by_name() -> None:
+    one, other = {"p": random(1, 2, 3, 4)}, {"p": random(2, 2, 4, 3)}
+    with pytest.raises(IncompatibleAdapters, match=r"p is linear 4x3 in one .* linear 3x4"):
+        weighted_sum([one, other], [1.0, 1.0])
+    with pytest.raises(IncompatibleAdapters, match=r"p is linear 4x3 in one .* linear 3x4"):
+        inner(one, other)
+    token = {"p": LowRank(one["p"].a, one["p"].b, "embedding")}
+    with pytest.raises(IncompatibleAdapters, match=r"linear 4x3 in one .* embedding 4x3"):
+        weighted_sum([one, token], [1.0, 1.0])
 
 
-def test_a_truncation_has_at_least_rank_one() -> None:
-    zero = LowRank(torch.zeros(3, 4), torch.zeros(5, 3))
-    for asked in ({"rank": 1}, {"energy": 0.5}, {"rank": 0}, {"energy": 1e-9}):
-        for delta in (zero, random(1, 3, 4, 5)):
-            assert truncate(delta, **asked).delta.rank == 1  # type: ignore[arg-type]
-    assert truncate(zero).kept == 1.0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_truncation_keeps_the_dtype_and_shares_the_singular_values(dtype: torch.dtype) -> None:
-    delta = random(4, 5, 8, 6)
-    cut = truncate(LowRank(delta.a.to(dtype), delta.b.to(dtype)), rank=3).delta
-    assert cut.a.dtype == cut.b.dtype == dtype
-    assert cut.a.is_contiguous()
-    assert cut.b.is_contiguous()
-    norms = cut.a.double().norm(dim=1), cut.b.double().norm(dim=0)
-    assert torch.allclose(*norms, rtol=0.02)
-
-
-def test_a_nearly_singular_sum_is_truncated_without_losing_its_small_values() -> None:
-    # QR in float32 would lose the second direction, which is 1e-6 of the first.
-    one = random(1, 1, 30, 20)
-    two = random(2, 1, 30, 20, 1e-6)
-    stacked = weighted_sum([{"p": one}, {"p": two}], [1.0, 1.0])["p"]
-    values = torch.linalg.svdvals(dense(stacked))[:2]
-    cut = truncate(stacked).delta
-    found = cut.b.double().norm(dim=0) * cut.a.double().norm(dim=1)
-    assert math.isclose(found[1], values[1], rel_tol=1e-5)
+def test_a_delta_knows_what_it_is_and_stays_it() -> None:
+    delta = LowRank(random(1, 2, 3, 4).a, random(1, 2, 3, 4).b, "embedding")
+    assert (delta.shape, delta.rank, delta.dtype) == ((4, 3), 2, torch.float32)
+    half = delta.to("cpu", torch.bfloat16)
+    assert (half.dtype, half.kind) == (torch.bfloat16, "embedding")
+    for made in (delta.scaled(2.0), *weighted_sum([{"p": delta}], [1.0]).values(),
+                 *factor_sum([{"p": delta}], [1.0]).values()):  # fmt: skip
+        assert made.kind == "embedding"
