@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import click
@@ -122,24 +123,51 @@ def list_(mixtures: bool, local: bool, limit: int | None, out: Output) -> None:
 
 @click.command()
 @click.argument("ref")
+@click.option("--weights", "with_weights", is_flag=True,
+              help="Read its tensors: norms, effective ranks, energy by rank.")  # fmt: skip
+@click.option("--plot", "figure", type=click.Path(path_type=Path), metavar="FILE.png",
+              help="Draw them, too; implies --weights.")  # fmt: skip
 @with_output
-def show(ref: str, out: Output) -> None:
+def show(ref: str, with_weights: bool, figure: Path | None, out: Output) -> None:
     """Show everything known of an adapter.
 
-    REF is owner/repo[/sub/folder][@revision], a path, or a name.
+    REF is owner/repo[/sub/folder][@revision], a path, or a name. With --weights its tensors are
+    read, too: how large each module's change is, layer by layer, over how many directions it
+    spreads (effective rank), and which share of its energy, the squared norm, a smaller rank
+    would keep.
 
     \b
     Examples:
       lorareg show zog
+      lorareg show zog --weights --plot zog.png
       lorareg show uukuguy/speechless-multi-loras-r64/Intel/neural-chat-7b-v3-1-lora --json
     """
     from lorahub_registry.cli.shown import facts, page, short_ref
     from lorahub_registry.registry.store import Registry
 
+    if figure is not None:
+        from lorahub_registry.api.plot import check_png
+
+        check_png(figure)
     with Registry(progress=out) as registry:
         stored = registry.get(ref)
         used_in = [m.record.name for m in registry.mixtures_of(stored.id)]
-    out.record(facts(stored, used_in), page(stored, used_in), quiet=short_ref(stored))
+        known, text = facts(stored, used_in), page(stored, used_in)
+        if with_weights or figure is not None:
+            from lorahub_registry.api.inspect import weights
+            from lorahub_registry.cli.inspect import weights_facts, weights_page
+
+            found = weights(stored.ref, registry=registry, progress=out)
+            known["weights"] = weights_facts(found)
+            text += f"\n{weights_page(found)}"
+    if figure is not None:
+        from lorahub_registry.api.plot import plot
+
+        with out.task("Drawing"):
+            plot(found, figure, title=short_ref(stored))
+    out.record(known, text, quiet=short_ref(stored))
+    if figure is not None:
+        out.done(f"drawn to {figure}")
 
 
 @click.command()

@@ -68,6 +68,8 @@ class Main(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except LoraregError as error:
+            if interrupt.heard():  # which a library made another error of
+                _interrupted()
             _fail(str(error), error.hint, error.exit_code)
         except KeyboardInterrupt:
             _interrupted()
@@ -91,7 +93,7 @@ def _fail(text: str, hint: str | None, code: int) -> NoReturn:
 
 
 def _interrupted() -> NoReturn:
-    again = "nothing half-done is left; the same command starts it again (pull goes on)"
+    again = "nothing half-done is left; the same command starts it again (pull and searches go on)"
     _fail("interrupted", again, 130)
 
 

@@ -1,9 +1,10 @@
-"""Weights: convert."""
+"""Weights: compare, convert."""
 
 from __future__ import annotations
 
 import click
 
+from lorahub_registry.cli.inspect import compare
 from lorahub_registry.cli.output import Output, with_output
 
 
@@ -33,4 +34,4 @@ def convert(place: str, timeout_s: float, out: Output) -> None:
     out.done("written and indexed; the .bin is still there")
 
 
-COMMANDS: list[click.Command] = [convert]
+COMMANDS: list[click.Command] = [compare, convert]
