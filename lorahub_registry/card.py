@@ -20,6 +20,7 @@ from lorahub_registry.errors import OutputError
 
 RESULTS_NAME = "results.json"
 RECIPE_NAME = "recipe.yaml"
+TRACE_NAME = "trace.png"
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9._-]*\Z")
 
 

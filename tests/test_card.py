@@ -86,6 +86,23 @@ def test_a_card_says_verdict_coefficients_scores_and_pins() -> None:
     assert "exact match" not in card
 
 
+def test_a_card_says_which_method_changed_entries_and_what_truncation_cost() -> None:
+    output = {
+        "rank": 8, "dtype": "float32", "energy_kept": 0.91, "energy_kept_least": 0.8,
+        "truncation_error": 0.3, "cast_error": 0.0,
+    }  # fmt: skip
+    about = {"title": "TIES", "summary": "Entries, merged.", "paper": "P", "link": "https://p"}
+    method = {"type": "ties", "density": 0.4, "majority_sign_method": "total"}
+    card = render(facts(form="entries", about=about, method=method, output=output), RECIPE)
+    assert (
+        "TIES on each module's ΔW (`density` 0.4, `majority_sign_method` total), after "
+        "[P](https://p). Entries, merged." in card
+    )
+    assert "91.000% of the delta's energy" in card
+    assert "an error of 30.000% of its norm." in card
+    assert "exact weighted sum" not in card
+
+
 def test_the_front_matter_is_what_the_hub_reads() -> None:
     card = render(facts(), RECIPE, repo="me/mix")
     assert front(card) == {

@@ -57,7 +57,7 @@ def test_a_second_demo_does_not_overwrite_the_first_unasked(demo):
     assert "--force replaces an earlier quickstart" in again.stderr
 
 
-@pytest.mark.parametrize("name", ["linear", "learn", "lorahub"])
+@pytest.mark.parametrize("name", ["linear", "ties", "learn", "learn-gradient", "lorahub"])
 def test_the_examples_run_on_what_the_demo_made(demo, name):
     clone, _ = demo
     done = _lorareg("compose", f"examples/{name}.yaml", "--json", cwd=clone, home=clone / "home")

@@ -18,8 +18,10 @@ from lorahub_registry.api.prepare import (
     pinned_recipe,
     prepare,
 )
+from lorahub_registry.api.resume import means_of
+from lorahub_registry.api.trace import draw_trace
 from lorahub_registry.card import RECIPE_NAME, RESULTS_NAME, write_card
-from lorahub_registry.errors import LoraregError
+from lorahub_registry.errors import LoraregError, UsageError
 from lorahub_registry.lock import LOCK_NAME
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.recipes import Recipe, RecipeFile, to_yaml
@@ -77,9 +79,13 @@ def compose(
     push: bool = True,
     force: bool = False,
     lock: Path | None = None,
+    jobs: int | None = None,
     progress: Progress = silent,
 ) -> Mixture:
     """Run a recipe.
+
+    A search that is stopped leaves its evaluations in a journal beside the registry; the same
+    recipe on the same files goes on from there, to the same result.
 
     Args:
         recipe: a file, plain data, or one read already.
@@ -88,28 +94,40 @@ def compose(
         push: publish where the recipe says so.
         force: replace a mixture that stands at the output's place.
         lock: a ``lorareg.lock`` that everything must agree with.
+        jobs: measure so many candidates at once, each in a worker process of one thread; the
+            result is the same for any number. None: in this process, with torch's threads.
 
     Raises:
+        UsageError: ``jobs`` with a base that is already loaded, which cannot travel to a worker.
         LoraregError: what went wrong; nothing was written then.
     """
     if registry is None:
         with Registry(progress=progress) as opened:
             return compose(
-                recipe, registry=opened, base=base, push=push, force=force, lock=lock,
+                recipe, registry=opened, base=base, push=push, force=force, lock=lock, jobs=jobs,
                 progress=progress,
             )  # fmt: skip
+    if jobs is not None and base is not None:
+        raise UsageError(
+            "jobs cannot be used with a base that is already loaded",
+            hint="let the recipe name the base's folder or repo: each worker loads it from there",
+        )
     ready = prepare(recipe, registry=registry, base=base, force=force, lock=lock, progress=progress)
     with progress.task(f"Loading {ready.base.facts.name}"):
         loaded = _loaded(ready, base)
     with new_folder(ready.out, force=force) as folder:
         from lorahub_registry.compose import run
+        from lorahub_registry.compose.encoder import Rows
         from lorahub_registry.evaluate.quiet import threads_for
 
-        rows = run.Rows(ready.train, ready.test)
-        with threads_for(loaded.model):
-            made = run.compose(ready.recipe, ready.members, loaded, rows, folder, progress=progress)
+        rows = Rows(ready.train, ready.test)
+        with threads_for(loaded.model), means_of(ready, loaded, registry, jobs, progress) as means:
+            made = run.compose(
+                ready.recipe, ready.members, loaded, rows, folder, means=means, progress=progress
+            )
         results = _results(ready, loaded, made)
         _write_papers(folder, ready, results)
+    means.journal.forget()
     stored = _enter(ready, results, registry)
     url = _publish(ready, progress) if ready.recipe.publish and push else None
     return Mixture(ready.recipe.name, ready.out, results, stored, url)
@@ -132,10 +150,10 @@ def _loaded(ready: Prepared, base: tuple[Any, Any] | None) -> LoadedBase:
 
 
 def _results(ready: Prepared, loaded: LoadedBase, made: Composition) -> dict[str, Any]:
-    from lorahub_registry.compose.run import results
+    from lorahub_registry.compose.results import results
 
     recipe = ready.recipe
-    found = results(recipe, ready.members, loaded, made)
+    found = results(recipe, loaded, made)
     found["base"]["digest"] = ready.base.facts.digest
     found["notes"] += [f"allow_base: {note}" for note in ready.notes]
     found["license"] = agreed_license(recipe, ready.members)
@@ -184,6 +202,8 @@ def _write_papers(folder: Path, ready: Prepared, results: dict[str, Any]) -> Non
     (folder / RECIPE_NAME).write_text(text, encoding="utf-8")
     (folder / LOCK_NAME).write_text(ready.lock.dumps(), encoding="utf-8")
     (folder / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if "search" in results:
+        draw_trace(folder, results)
     publish = ready.recipe.publish
     write_card(folder, repo=publish.repo if publish else None)
 
@@ -196,13 +216,15 @@ def _enter(ready: Prepared, results: dict[str, Any], registry: Registry) -> Stor
     record = replace(
         record_of_folder(ready.out, name=ready.recipe.name),
         base=BaseRecord(facts.name, "given", facts.name, facts.revision, facts.digest),
-        description=f"{len(ready.members)} adapters by {ready.recipe.method.type}: {verdict}",
+        description=f"{len(results['members'])} adapters by {ready.recipe.method.type}: {verdict}",
         skills=(),
         scores=(),
     )
+    known = {m.name: m for m in ready.members}
     members = [
         MemberRecord(m.ref, m.name, row["coefficient"], adapter_id=m.adapter_id, digest=m.digest)
-        for m, row in zip(ready.members, results["members"], strict=True)
+        for row in results["members"]
+        for m in [known[row["name"]]]
     ]
     lineage = MixtureRecord(
         name=ready.recipe.name,

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from lorahub_registry.adapters.config import CONFIG_NAME
 from lorahub_registry.adapters.tensors import WEIGHTS_NAME
-from lorahub_registry.card import RECIPE_NAME, RESULTS_NAME
+from lorahub_registry.card import RECIPE_NAME, RESULTS_NAME, TRACE_NAME
 from lorahub_registry.errors import OutputError
 from lorahub_registry.lock import LOCK_NAME
 
 MIXTURE_FILES = frozenset(
-    {CONFIG_NAME, WEIGHTS_NAME, "README.md", RECIPE_NAME, LOCK_NAME, RESULTS_NAME}
+    {CONFIG_NAME, WEIGHTS_NAME, "README.md", RECIPE_NAME, LOCK_NAME, RESULTS_NAME, TRACE_NAME}
 )
 
 

@@ -12,7 +12,8 @@ from typing import Any
 from lorahub_registry.api.prepare import Prepared, agreed_license, prepare
 from lorahub_registry.errors import BaseModelError
 from lorahub_registry.progress import Progress, silent
-from lorahub_registry.recipes import RecipeFile, overlap, render
+from lorahub_registry.recipes import Recipe, RecipeFile, overlap, render
+from lorahub_registry.recipes.learned import GRADIENT, Searched
 from lorahub_registry.registry.store import Registry
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -50,11 +51,15 @@ def _estimate(ready: Prepared) -> dict[str, Any]:
     device = pick_device(recipe.device)
     parameters = sum(math.prod(shape) for shape in shapes.values())
     train, test = _tokens(ready)
-    evaluations = getattr(recipe.method, "budget", 0)
-    models = len(ready.members) + 4 if ready.test else 0
+    rows = len(ready.train)
+    if (split := recipe.data.train) and split.limit and split.limit < rows:
+        train, rows = train * split.limit // rows, split.limit  # the diverse of all that were read
+    evaluations, passes = _search(recipe, len(ready.members))
+    mixed = _kept(recipe, len(ready.members))
+    models = mixed + 4 if ready.test else 0
     width = max((shape[-1] for shape in shapes.values() if len(shape) == 2), default=1024)
     gflops = _measured_gflops(device, min(width, 4096))
-    forwards = evaluations * train + models * test
+    forwards = passes * train + models * test
     adapters = sum(m.facts.parameters or 0 for m in ready.members) * 4
     changed = {m.name: m.fan_in * m.fan_out for a in ready.members for m in a.facts.modules}
     # A number as it is stored, unless the recipe says otherwise; copies only of float32 weights.
@@ -70,7 +75,7 @@ def _estimate(ready: Prepared) -> dict[str, Any]:
         ],
         "method": recipe.method.type,
         "evaluations": evaluations,
-        "train_rows": len(ready.train),
+        "train_rows": rows,
         "train_tokens": train,
         "models": models,
         "test_rows": len(ready.test),
@@ -81,6 +86,28 @@ def _estimate(ready: Prepared) -> dict[str, Any]:
         "seconds": 2 * parameters * forwards / (gflops * 1e9),
         "output": str(ready.out),
     }
+
+
+def _kept(recipe: Recipe, members: int) -> int:
+    """How many adapters screening leaves."""
+    screen = getattr(recipe.method, "screen", None)
+    return min(members, screen.keep) if screen else members
+
+
+def _search(recipe: Recipe, members: int) -> tuple[int, float]:
+    """(evaluations at most, what they cost in forwards over the training rows)."""
+    method = recipe.method
+    if not isinstance(method, Searched):
+        return 0, 0
+    again: float = method.seeds - 1 if method.seeds else method.folds or 0
+    share = (again - 1) / again if method.folds else 1
+    # A backward pass costs two forwards.
+    each = 3 if method.optimizer == GRADIENT else 1
+    kept = _kept(recipe, members)
+    # Alone, and then each of twice as many at two strengths, until enough are kept.
+    screening = members + 2 * 2 * kept * (kept - 1) if kept < members else 0
+    evaluations = method.budget * (1 + again) + screening
+    return round(evaluations), each * method.budget * (1 + again * share) + screening
 
 
 def _tokens(ready: Prepared) -> tuple[int, int]:

@@ -19,15 +19,24 @@ from lorahub_registry.cli.output import Output, clean, size, with_output
 @click.option("--force", is_flag=True, help="Replace a mixture at the output's place.")
 @click.option("--lock", type=click.Path(path_type=Path), metavar="FILE",
               help="A lorareg.lock that everything must agree with.")  # fmt: skip
+@click.option("--jobs", type=click.IntRange(min=1), metavar="N",
+              help="Measure N candidates at once, each in a process of one thread with a base of "
+              "its own; the result is the same for any N.")  # fmt: skip
 @with_output
 def compose(
-    recipe: Path, dry_run: bool, no_push: bool, force: bool, lock: Path | None, out: Output
+    recipe: Path,
+    dry_run: bool,
+    no_push: bool,
+    force: bool,
+    lock: Path | None,
+    jobs: int | None,
+    out: Output,
 ) -> None:
     """Mix adapters by a recipe, prove the mixture, publish it if asked to.
 
     Learns or takes the coefficients, writes a plain PEFT adapter with its card, scores it
     against the base, every single adapter and the uniform average, and says in words whether it
-    helps.
+    helps. A search that was stopped goes on where it was when the same command is given again.
 
     \b
     Examples:
@@ -47,8 +56,9 @@ def compose(
 
     with Registry(progress=out) as registry:
         mixture = run(
-            recipe, registry=registry, push=not no_push, force=force, lock=lock, progress=out
-        )
+            recipe, registry=registry, push=not no_push, force=force, lock=lock, jobs=jobs,
+            progress=out,
+        )  # fmt: skip
     facts = {"path": str(mixture.path), "url": mixture.url, **mixture.results}
     out.record(facts, proof_page(mixture.results), quiet=str(mixture.path))
     out.done(
@@ -127,7 +137,9 @@ def quickstart(folder: Path, seed: int, force: bool, out: Output) -> None:
 
 def proof_page(results: dict[str, Any]) -> str:
     """Coefficients, the table and the verdict, for people."""
-    lines = [f"{m['coefficient']:+.4f}  {clean(m['name'])}" for m in results["members"]]
+    lines = _coefficients(results)
+    if "stopped" in results:
+        lines += ["", f"{len(results['search'])} candidates; {results['stopped']['text']}"]
     if "test" in results:
         wide = max(len(row["name"]) for row in results["test"])
         exact = results["test"][0]["exact_match"] is not None
@@ -142,12 +154,26 @@ def proof_page(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _coefficients(results: dict[str, Any]) -> list[str]:
+    """One line an adapter, with the spread where it is the whole coefficient's."""
+    sets, spread = results.get("coefficients"), results.get("spread")
+    lines = []
+    for i, m in enumerate(results["members"]):
+        text = f"{m['coefficient']:+.4f}"
+        if spread and not sets:
+            text += f" ± {spread['coefficients'][i]['std']:.4f}"
+        lines.append(f"{text}  {clean(m['name'])}")
+    if sets:
+        lines.append(f"(means of {len(sets)} sets; results.json has each)")
+    return lines
+
+
 def _plan_page(facts: dict[str, Any]) -> str:
     lines = [f"base      {facts['base']}  ({facts['parameters']:,} parameters)"]
     for member in facts["adapters"]:
         lines.append(f"adapter   {member['name']}  rank {member['rank']}  {member['ref']}")
     lines += [
-        f"method    {facts['method']}, {facts['evaluations']} evaluations of "
+        f"method    {facts['method']}, at most {facts['evaluations']} evaluations of "
         f"{facts['train_rows']} rows ({facts['train_tokens']:,} tokens)",
         f"proof     {facts['models']} models on {facts['test_rows']} rows "
         f"({facts['test_tokens']:,} tokens)",

@@ -1,4 +1,4 @@
-"""Coefficients learned without gradients: propose, apply, score, tell.
+"""Coefficients learned on rows: propose, measure, tell, until there is a reason to stop.
 
 The objective of ``learn`` is the rows' token-weighted mean NLL plus ``l1`` times mean |c|. The
 preset ``lorahub`` uses the published one: mean cross-entropy of the batch divided by the number
@@ -8,114 +8,150 @@ of examples, plus the same term; there the weight of the penalty grows with the 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
-from lorahub_registry.compose.forms import Form
-from lorahub_registry.errors import NotApplied
-from lorahub_registry.evaluate.nll import RowNLL, score
-from lorahub_registry.evaluate.tokens import Batch
-from lorahub_registry.progress import Progress, silent
-from lorahub_registry.recipes.learned import Learn, LoraHub
-from lorahub_registry.runtime.apply import Applied
+import numpy as np
+
+from lorahub_registry.compose.gradient import follow
+from lorahub_registry.compose.objective import Coefficients, Loss, Losses, value
+from lorahub_registry.compose.search import ask_and_tell
+from lorahub_registry.compose.stopping import Stop, Stopping
+from lorahub_registry.errors import DataError, NotApplied
+from lorahub_registry.progress import Progress, Task, silent
+from lorahub_registry.recipes.learned import GRADIENT, Learn, LoraHub
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """One candidate: its coefficients, the training NLL in nats a token, the objective."""
 
-    coefficients: tuple[float, ...]
+    coefficients: Coefficients
     nll: float
     objective: float
 
 
 @dataclass(frozen=True)
 class Learned:
-    """What a search ended with, and everything it tried, in order."""
+    """What a search ended with, everything it tried, in order, and why it stopped.
 
-    coefficients: tuple[float, ...]
+    Attributes:
+        skipped: how many candidates had no finite loss.
+    """
+
+    coefficients: Coefficients
     evaluations: tuple[Evaluation, ...]
-
-
-def objective(
-    nll: RowNLL, coefficients: Sequence[float], l1: float, kind: Literal["token_mean", "published"]
-) -> float:
-    """What the search makes small; infinite where the model's output is not a number."""
-    penalty = l1 * sum(map(abs, coefficients)) / len(coefficients)
-    loss = nll.mean if kind == "token_mean" else nll.mean / len(nll.sums)
-    return loss + penalty if math.isfinite(loss) else math.inf
+    stop: Stop
+    skipped: int = 0
 
 
 def learn(
-    model: Any,
-    form: Form,
-    batches: Sequence[Batch],
+    losses: Losses,
     *,
     size: int,
+    rows: int,
     method: Learn | LoraHub,
     seed: int,
     progress: Progress = silent,
 ) -> Learned:
-    """Search coefficients for ``size`` adapters.
+    """Search ``size`` coefficients.
 
     ``learn`` ends with the best candidate it saw; ``lorahub`` with the search's recommendation, as
     published.
 
+    Args:
+        losses: measures candidates on the rows.
+        rows: how many rows there are.
+
     Raises:
-        NotApplied: no candidate gave a number, or none was better than leaving the base alone.
+        NotApplied: no candidate gave a number.
+        DataError: every candidate has the same loss.
     """
-    seen: list[Evaluation] = []
-
-    def evaluate(c: tuple[float, ...]) -> float:
-        on.set(form.at(c))
-        nll = score(model, batches)
-        value = objective(nll, c, method.l1, method.objective)
-        seen.append(Evaluation(c, nll.mean, value))
-        task.describe(f"best {min(e.objective for e in seen):.4f}")
-        task.advance()
-        return value
-
-    with (
-        Applied(model, form.modules) as on,
-        progress.task("Learning coefficients", method.budget, "candidate") as task,
-    ):
-        recommended = _search(evaluate, size, method, seed)
-    best = min(seen, key=lambda e: e.objective)
+    with progress.task("Learning coefficients", method.budget, "candidate") as task:
+        seen = _Seen(losses, method, rows, task)
+        stop = seen.stopping.reason
+        if isinstance(method, Learn) and method.optimizer == GRADIENT:
+            recommended, why = follow(seen.slope, stop, size=size, method=method)
+        else:
+            recommended, why = ask_and_tell(seen.values, stop, size=size, method=method, seed=seed)
+    best = min(seen.all, key=lambda e: e.objective)
     if not math.isfinite(best.objective):
         raise NotApplied(
             "the search saw no finite loss",
             hint="an adapter makes the base overflow: compare them with `lorareg generate`",
         )
+    _check_told_apart(seen.all)
     chosen = recommended if isinstance(method, LoraHub) else best.coefficients
-    if not any(chosen):
+    return Learned(chosen, tuple(seen.all), why, seen.skipped)
+
+
+def check_helps(learned: Learned) -> None:
+    """Whether the search ended with a mixture at all.
+
+    Raises:
+        NotApplied: it ended with every coefficient at zero.
+    """
+    if not any(learned.coefficients):
+        best = min(learned.evaluations, key=lambda e: e.objective)
         raise NotApplied(
             f"no mixture is better on the training rows than the base alone (NLL {best.nll:.3f})",
             hint="use the base; or give a larger budget, or adapters nearer to the task",
         )
-    return Learned(chosen, tuple(seen))
 
 
-def _search(evaluate: Any, size: int, method: Learn | LoraHub, seed: int) -> tuple[float, ...]:
-    """Ask and tell ``budget`` times; what the optimizer recommends in the end."""
-    import nevergrad as ng  # takes half a second
+class _Seen:
+    """Every evaluation of one search: counted, watched, and told as the optimizers take it."""
 
-    space = ng.p.Array(
-        init=[method.init] * size, lower=[-method.bounds] * size, upper=[method.bounds] * size
-    )
-    space.random_state.seed(seed)
-    with warnings.catch_warnings():
-        # COBYLA and bounded mutations talk about their own settings; nobody here can act on it.
-        warnings.simplefilter("ignore")
-        optimizer = ng.optimizers.registry[method.optimizer](
-            parametrization=space, budget=method.budget, num_workers=method.num_workers
+    def __init__(self, losses: Losses, method: Learn | LoraHub, rows: int, task: Task) -> None:
+        self._losses, self._method, self._rows, self._task = losses, method, rows, task
+        self.all: list[Evaluation] = []
+        self.skipped = 0
+        self.stopping = Stopping(method)
+
+    def values(self, candidates: Sequence[Coefficients]) -> list[float]:
+        """Finite objectives; one that is not a number counts as worse than the worst."""
+        self._measured(candidates)
+        worst = max((e.objective for e in self.all if math.isfinite(e.objective)), default=0.0)
+        return [
+            e.objective if math.isfinite(e.objective) else worst + 10
+            for e in self.all[-len(candidates) :]
+        ]
+
+    def slope(self, candidate: Coefficients) -> tuple[float, np.ndarray]:
+        """NLL and gradient; where they are not numbers, a slope that leads back to zero."""
+        [found] = self._measured([candidate])
+        if found.slope is not None and all(map(math.isfinite, (found.nll, *found.slope))):
+            return found.nll, np.array(found.slope)
+        worst = max((e.nll for e in self.all if math.isfinite(e.nll)), default=0.0)
+        return worst + 10, 10 * np.sign(np.array(candidate))
+
+    def _measured(self, candidates: Sequence[Coefficients]) -> list[Loss]:
+        found = []
+        for c, loss in zip(candidates, self._losses(candidates), strict=True):
+            self._add(c, loss)
+            found.append(loss)
+        return found
+
+    def _add(self, c: Coefficients, loss: Loss) -> None:
+        method = self._method
+        objective = value(loss.nll, c, l1=method.l1, kind=method.objective, rows=self._rows)
+        self.all.append(Evaluation(c, loss.nll, objective))
+        self.skipped += not math.isfinite(objective)
+        self.stopping.add(objective)
+        self._task.describe(f"best {self.stopping.best:.4f}")
+        self._task.advance()
+
+
+def _check_told_apart(seen: Sequence[Evaluation]) -> None:
+    """Whether the rows tell any two candidates apart.
+
+    Raises:
+        DataError: all losses are equal.
+    """
+    finite = {e.coefficients: e.nll for e in seen if math.isfinite(e.nll)}
+    if len(finite) > 1 and len(set(finite.values())) == 1:
+        raise DataError(
+            f"the rows cannot tell the adapters apart: each of {len(finite)} candidates has the "
+            f"same NLL, {next(iter(finite.values())):.4f}",
+            hint="give rows of the task itself; or the adapters are untrained (B is zero)",
         )
-        told = 0
-        while told < method.budget:
-            asked = [optimizer.ask() for _ in range(min(method.num_workers, method.budget - told))]
-            for candidate in asked:
-                optimizer.tell(candidate, evaluate(tuple(float(x) for x in candidate.value)))
-            told += len(asked)
-        recommended = optimizer.provide_recommendation().value
-    return tuple(float(x) for x in recommended)

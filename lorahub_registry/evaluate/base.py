@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from torch import nn
 
 from lorahub_registry.errors import BaseModelError
 from lorahub_registry.evaluate.quiet import without_bars
-from lorahub_registry.runtime.apply import is_linear
+from lorahub_registry.evaluate.tokens import Batch, Encoded, batches
+from lorahub_registry.runtime.operator import is_adaptable
 from lorahub_registry.weights.files import DTYPES
 
 
@@ -52,9 +54,19 @@ class LoadedBase:
         """Whether the weights are float32, so that a small delta added to them is not lost."""
         return next(self.model.parameters()).dtype == torch.float32
 
-    def linear_modules(self) -> dict[str, nn.Module]:
-        """The modules that a LoRA may sit on, by dotted name: Linear and gpt2's Conv1D."""
-        return {name: m for name, m in self.model.named_modules() if is_linear(m)}
+    def adaptable_modules(self) -> dict[str, nn.Module]:
+        """The modules that a LoRA may sit on, by dotted name: linear ones and embeddings."""
+        return {name: m for name, m in self.model.named_modules() if is_adaptable(m)}
+
+    def batches(self, rows: Sequence[Encoded]) -> list[Batch]:
+        """``rows`` in batches of like length, on the model's device."""
+        return batches(
+            rows,
+            pad=self.tokenizer.pad_token_id or 0,
+            seq2seq=self.seq2seq,
+            device=self.device,
+            vocabulary=len(self.tokenizer),
+        )
 
 
 def load_base(

@@ -45,7 +45,7 @@ def score(model: Any, batches: Sequence[Batch]) -> RowNLL:
     with torch.inference_mode():
         for batch in batches:
             losses = token_losses(model, batch, sliced=sliced)
-            sums[batch.rows] = losses.sum(1, dtype=torch.float64).cpu()
+            sums[batch.rows] = losses.cpu().sum(1, dtype=torch.float64)
             tokens[batch.rows] = (batch.labels != IGNORED).sum(1).double().cpu()
     return RowNLL(sums, tokens)
 
@@ -57,7 +57,7 @@ def token_losses(model: Any, batch: Batch, *, sliced: bool) -> torch.Tensor:
         sliced: the model computes logits only where asked (see :func:`keeps_logits`).
     """
     if "labels" in batch.inputs:
-        logits = model(**batch.inputs, use_cache=False).logits
+        logits = model(**_without_labels(model, batch), use_cache=False).logits
     else:
         width = batch.inputs["input_ids"].shape[1]
         if sliced:
@@ -73,6 +73,15 @@ def token_losses(model: Any, batch: Batch, *, sliced: bool) -> torch.Tensor:
         reduction="none",
     )
     return flat.view(batch.labels.shape)
+
+
+def _without_labels(model: Any, batch: Batch) -> dict[str, torch.Tensor]:
+    """A seq2seq model's inputs; given labels, it would compute a loss of its own."""
+    inputs = dict(batch.inputs)
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        labels = inputs.pop("labels")
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+    return inputs
 
 
 def keeps_logits(model: Any) -> bool:

@@ -148,6 +148,12 @@ def batches(
     return [make([rows[i] for i in group], group, pad, device) for group in groups]
 
 
+def repeated(batch: Batch, copies: int) -> Batch:
+    """``batch`` so many times, one after the other along the batch axis."""
+    inputs = {name: tensor.repeat(copies, 1) for name, tensor in batch.inputs.items()}
+    return Batch(inputs, batch.labels.repeat(copies, 1), batch.keep, batch.rows * copies)
+
+
 def _length(row: Encoded) -> int:
     return len(row.prompt) + len(row.output)
 

@@ -40,9 +40,10 @@ class Split(Strict):
         default="output", description="The column of the answer.", validate_default=True
     )
     limit: Int | None = Field(default=None, ge=1, description="Take at most so many rows.")
-    select: Literal["first", "random"] = Field(
+    select: Literal["first", "random", "diverse"] = Field(
         default="first",
-        description="Which rows, where limit takes only some: the first, or a seeded choice.",
+        description="Which rows, where limit takes only some: the first, a seeded choice, or those "
+        "that lie furthest apart in the base's hidden states (train only).",
     )
 
     @field_validator("output")
@@ -55,8 +56,8 @@ class Split(Strict):
     @field_validator("select")
     @classmethod
     def _some_of_them(cls, select: str, info: ValidationInfo) -> str:
-        if select == "random" and info.data.get("limit", 1) is None:
-            raise ValueError("random takes some of the rows: say how many by limit")
+        if select != "first" and info.data.get("limit", 1) is None:
+            raise ValueError(f"{select} takes some of the rows: say how many by limit")
         return select
 
 

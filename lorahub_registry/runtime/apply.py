@@ -10,14 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
-from lorahub_registry.errors import IncompatibleAdapters
-from lorahub_registry.weights.lowrank import Deltas, LowRank
+from lorahub_registry.runtime.operator import Beside, adaptable
+from lorahub_registry.weights.lowrank import Deltas
 
 
 class Applied:
@@ -28,101 +26,69 @@ class Applied:
         modules: dotted names of every module that a delta may ever be set on.
 
     Raises:
-        IncompatibleAdapters: the base has no such module, or it is no linear one.
+        IncompatibleAdapters: the base has no such module, or it takes no LoRA.
     """
 
     def __init__(self, model: nn.Module, modules: Collection[str]) -> None:
-        named = dict(model.named_modules())
-        absent = sorted(set(modules) - named.keys())
-        if absent:
-            raise IncompatibleAdapters(
-                f"the base has no module {absent[0]}"
-                + (f" (nor {len(absent) - 1} others)" if len(absent) > 1 else ""),
-                hint="the adapter was made for another base",
-            )
-        for name in sorted(modules):
-            if not is_linear(named[name]):
-                raise IncompatibleAdapters(
-                    f"{name} is a {type(named[name]).__name__} in the base, not a linear module",
-                    hint="the adapter was made for another base",
-                )
         owners = _owners(model)
         self._weights: dict[str, tuple[nn.Parameter, torch.Tensor, bool]] = {}
-        self._beside: dict[str, nn.Module] = {}
-        self._factors: dict[str, LowRank] = {}
-        self._hooks: list[Any] = []
-        for name in sorted(modules):
-            module, weight = named[name], getattr(named[name], "weight", None)
-            transposed = type(module).__name__ == "Conv1D"
-            plain = type(module) is nn.Linear or transposed
+        beside = {}
+        for name, module in adaptable(model, modules).items():
+            weight = getattr(module, "weight", None)
+            # Conv1D holds its matrix as [fan_in, fan_out], an embedding as [rows, width].
+            turned = type(module).__name__ == "Conv1D" or isinstance(module, nn.Embedding)
             if (
-                plain
+                (turned or type(module) is nn.Linear)
                 and isinstance(weight, nn.Parameter)
                 and weight.dtype == torch.float32
                 and owners[id(weight)] == 1
             ):
-                self._weights[name] = (weight, weight.detach().clone(), transposed)
+                self._weights[name] = (weight, weight.detach().clone(), turned)
             else:
-                self._beside[name] = module
+                beside[name] = module
+        self._beside = Beside(beside)
+        self._places = {name: next(module.parameters()).device for name, module in beside.items()}
+
+    @property
+    def in_place(self) -> bool:
+        """Whether every delta goes into its weight."""
+        return not self._places
 
     def __enter__(self) -> Applied:
-        for name, module in self._beside.items():
-            self._hooks.append(module.register_forward_hook(self._hook(name)))
+        self._beside.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.clear()
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self._beside.__exit__()
 
     @torch.no_grad()
     def set(self, deltas: Deltas) -> None:
         """Put ``deltas`` on, in place of what was on before; modules not named get none."""
-        for name, (weight, original, transposed) in self._weights.items():
+        for name, (weight, original, turned) in self._weights.items():
             delta = deltas.get(name)
             if delta is None:
                 weight.copy_(original)
                 continue
             a, b = delta.a.to(weight), delta.b.to(weight)
-            if transposed:
+            if turned:
                 torch.addmm(original, a.T, b.T, out=weight.data)
             else:
                 torch.addmm(original, b, a, out=weight.data)
-        for name, module in self._beside.items():
-            if name in deltas:
-                # In float32, as PEFT keeps them: the base's precision would cost the delta's.
-                place = next(module.parameters()).device
-                self._factors[name] = LowRank(
-                    deltas[name].a.to(place, torch.float32),
-                    deltas[name].b.to(place, torch.float32),
-                )
-            else:
-                self._factors.pop(name, None)
+        # In float32, as PEFT keeps them: the base's precision would cost the delta's.
+        self._beside.parts = {
+            name: (
+                deltas[name].a.to(place, torch.float32),
+                deltas[name].b.to(place, torch.float32),
+                None,
+            )
+            for name, place in self._places.items()
+            if name in deltas
+        }
 
     def clear(self) -> None:
         """Take every delta off; float32 weights are bit for bit what they were."""
         self.set({})
-
-    def _hook(self, name: str) -> Any:
-        def add(
-            _: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
-        ) -> torch.Tensor:
-            factors = self._factors.get(name)
-            if factors is None:
-                return output
-            low = functional.linear(inputs[0].float(), factors.a)
-            return (output + functional.linear(low, factors.b)).to(output.dtype)
-
-        return add
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether ``module`` multiplies its input by one matrix (quantised ones too)."""
-    return isinstance(module, nn.Linear) or (
-        hasattr(module, "weight")
-        and type(module).__name__ in {"Conv1D", "Linear4bit", "Linear8bitLt"}
-    )
 
 
 @contextmanager

@@ -51,7 +51,9 @@ def test_an_interrupt_leaves_nothing(searching, lorareg, kitchen):
     # Python itself may end by the signal, which shells call 130, too.
     assert searching.returncode in {130, -signal.SIGINT}, err
     assert out == ""
-    assert err.startswith("Error: interrupted\nHint: nothing half-done is left; the same command")
+    # Whether an evaluation was kept by then, chance decides; test_resumed.py has that.
+    said = err[err.index("Error: ") :]
+    assert said.startswith("Error: interrupted\nHint: nothing half-done is left; the same command")
     assert tree(kitchen / "out") == []
     known = lorareg("list", "--json").json
     assert [a["ref"] for a in known] == ["plain", "wide"]
@@ -89,7 +91,8 @@ def test_an_interrupt_that_a_library_loses_still_ends_the_run(
     monkeypatch.setattr(run, "load_deltas", losing)
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     said = lorareg.fails("compose", kitchen.recipe(), code=130)
-    assert said.startswith("Error: interrupted\nHint: ")
+    assert "Error: interrupted\nHint: " in said
+    assert said.count("Error:") == 1
     assert tree(kitchen / "out") == []
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert len(lorareg("list").lines) == 3, "the next command is not interrupted"

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from lorahub_registry.adapters.tensors import read_header
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "lorareg.lock",
-         "recipe.yaml", "results.json"]  # fmt: skip
+         "recipe.yaml", "results.json", "trace.png"]  # fmt: skip
 PUBLISH = {"repo": "me/blend", "private": True, "license": "apache-2.0"}
 
 
@@ -123,7 +123,7 @@ def test_pushing_the_same_again_changes_nothing(hub, logged_in, lorareg, kitchen
     folder = _composed(lorareg, kitchen)
     first = lorareg("push", folder, "me/mine")
     assert first.out == f"{hub.url}/me/mine\n"
-    assert "✓ 6 files in one commit" in first.err
+    assert "✓ 7 files in one commit" in first.err
     head = hub.sha("me/mine")
     again = lorareg("push", folder, "me/mine")
     assert "✓ the Hub has all of it already" in again.err

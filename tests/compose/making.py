@@ -8,7 +8,7 @@ from typing import Any
 
 from lorahub_registry.adapters.compat import Member
 from lorahub_registry.adapters.facts import digest_of, read_facts
-from lorahub_registry.evaluate.tokens import Batch, TokenRule, batches, encode
+from lorahub_registry.evaluate.tokens import Batch, Encoded, TokenRule, batches, encode
 from lorahub_registry.recipes import Recipe, from_mapping
 from lorahub_registry.recipes.rows import Row
 from lorahub_registry.weights.files import load_deltas
@@ -55,3 +55,9 @@ def recipe(method: dict[str, Any], adapters: Sequence[Any] = ("./a", "./b"), **m
             "method": method, "output": output, "data": {**data, **more.pop("data", {})}, **more,
         }
     )  # fmt: skip
+
+
+def encoded(base: Any, count: int, first: int = 0) -> list[Encoded]:
+    """The same rows as tokens, ``count`` of them from ``first`` on."""
+    found = encode(base.tokenizer, tiny.rows(first + count), TokenRule(), seq2seq=base.seq2seq)
+    return found[first:]

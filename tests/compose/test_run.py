@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from lorahub_registry.adapters.facts import read_facts
-from lorahub_registry.compose.run import Composition, Rows, compose, results
+from lorahub_registry.compose.encoder import Rows
+from lorahub_registry.compose.results import results
+from lorahub_registry.compose.run import Composition, compose
 from lorahub_registry.errors import DataError, IncompatibleAdapters, NotApplied
 from lorahub_registry.evaluate.base import load_base
 from lorahub_registry.recipes.rows import Row, read_rows
@@ -41,7 +43,7 @@ def test_given_coefficients_are_written_exactly(tiny_llama: tiny.Tiny, tmp_path:
     expected = weighted_sum(parts, [0.75, -0.5])
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[n].dense(), expected[n].dense()) for n in expected)
-    assert made.learned is None
+    assert made.fitted is None
     assert made.change > 0
 
 
@@ -77,7 +79,7 @@ def test_what_truncation_and_dtype_cost_shows_in_the_proof(
 
 def test_results_are_facts_without_paths(tiny_llama: tiny.Tiny, tmp_path: Path) -> None:
     wanted, members, made = linear(tiny_llama, tmp_path / "out", evaluate=["nll", "exact_match"])
-    found = results(wanted, members, tiny_llama.base(), made)
+    found = results(wanted, tiny_llama.base(), made)
     text = json.dumps(found)
     assert str(tmp_path) not in text
     assert str(tiny_llama.folder.parent) not in text
@@ -135,7 +137,9 @@ def test_a_learned_mixture_repeats_to_the_byte(tiny_llama: tiny.Tiny, tmp_path: 
         given = Rows(train=rows(6), test=rows(9)[6:])
         made.append(compose(wanted, members, tiny_llama.base(), given, tmp_path / name))
     assert made[0].coefficients == made[1].coefficients
-    assert made[0].learned == made[1].learned
+    assert made[0].fitted is not None
+    assert made[1].fitted is not None
+    assert made[0].fitted.learned == made[1].fitted.learned
     assert made[0].proof == made[1].proof
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         one, two = (tmp_path / name / file for name in ("one", "two"))

@@ -31,14 +31,15 @@ def test_a_base_knows_what_it_is(
     assert base.tokenizer.pad_token_id is not None
 
 
-def test_linear_modules_are_all_that_lora_can_sit_on(
+def test_adaptable_modules_are_all_that_lora_can_sit_on(
     tiny_llama: tiny.Tiny, tiny_gpt2: tiny.Tiny
 ) -> None:
-    llama = tiny_llama.base().linear_modules()
-    assert {name.rsplit(".", 1)[-1] for name in llama} == {*tiny.LINEAR, "lm_head"}
-    assert len(llama) == 2 * 7 + 1
-    gpt2 = tiny_gpt2.base().linear_modules()
-    assert {name.rsplit(".", 1)[-1] for name in gpt2} == {"c_attn", "c_proj", "c_fc", "lm_head"}
+    llama = tiny_llama.base().adaptable_modules()
+    assert {name.rsplit(".", 1)[-1] for name in llama} == {*tiny.LINEAR, "lm_head", "embed_tokens"}
+    assert len(llama) == 2 * 7 + 2
+    gpt2 = tiny_gpt2.base().adaptable_modules()
+    names = {"c_attn", "c_proj", "c_fc", "lm_head", "wte", "wpe"}
+    assert {name.rsplit(".", 1)[-1] for name in gpt2} == names
 
 
 def test_the_dtype_is_the_checkpoints_or_the_one_asked_for(tiny_llama: tiny.Tiny) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from lorahub_registry.adapters.facts import read_facts
 from lorahub_registry.evaluate.nll import RowNLL, keeps_logits, score, token_losses
-from lorahub_registry.evaluate.tokens import Encoded, TokenRule, batches, encode
+from lorahub_registry.evaluate.tokens import IGNORED, Encoded, TokenRule, batches, encode
 from lorahub_registry.recipes.model import Split
 from lorahub_registry.recipes.rows import read_rows
 from lorahub_registry.runtime.apply import applied
@@ -180,3 +180,18 @@ def test_the_numbers_on_stories260k_are_the_known_ones(data: Any) -> None:
             found[name] = score(base.model, made).mean
     # Known to three places.
     assert found == pytest.approx(EXPECTED, abs=0.002)
+
+
+def test_a_seq2seq_model_computes_no_loss_of_its_own(tiny_t5):
+    base = tiny_t5.base()
+    met = {}
+    base.model.register_forward_pre_hook(
+        lambda module, args, given: met.update(given), with_kwargs=True
+    )
+    for batch in base.batches(encoded(base)):
+        losses = token_losses(base.model, batch, sliced=False)
+        assert "decoder_input_ids" in met
+        assert "labels" not in met
+        with torch.no_grad():
+            whole = tiny_t5.model()(**batch.inputs).loss
+        torch.testing.assert_close(losses.sum() / (batch.labels != IGNORED).sum(), whole)

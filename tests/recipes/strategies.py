@@ -16,6 +16,15 @@ from lorahub_registry.recipes import (
     SearchEntry,
     Split,
 )
+from lorahub_registry.recipes.learned import Screen
+from lorahub_registry.recipes.static import (
+    DareLinear,
+    DareTies,
+    Entrywise,
+    Factor,
+    MagnitudePrune,
+    Ties,
+)
 
 words = st.text(
     st.characters(codec="utf-8", exclude_categories=("Cc", "Cs", "Zl", "Zp")), min_size=1
@@ -32,16 +41,35 @@ names = st.sampled_from(["no", "1e3", "0x1", "a.b-c_d+e", "null", "2024-01-01"])
 finite = st.floats(allow_nan=False, allow_infinity=False)
 positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 licenses = st.none() | st.sampled_from(["apache-2.0", "mit", "no", "llama3.1"])
-optimizers = st.sampled_from(["NGOpt", "CMA", "DE", "PSO", "OnePlusOne", "RandomSearch", "Cobyla"])
+parallel = st.sampled_from(["NGOpt", "CMA", "DE", "PSO", "OnePlusOne", "RandomSearch"])
 counts = st.integers(1, 1000)
 
-searched = {
-    "optimizer": optimizers,
+common = {
     "budget": st.integers(1, 100_000),
     "l1": st.floats(min_value=0, allow_infinity=False),
-    "num_workers": st.integers(1, 1024),
+    "patience": st.none() | counts,
+    "tolerance": st.floats(min_value=0, allow_infinity=False),
+    "target": st.none() | finite,
+    "screen": st.none() | st.builds(Screen, keep=counts),
 }
+searched = {"optimizer": parallel, "num_workers": st.integers(1, 1024), **common}
 learning = st.one_of(
+    st.builds(
+        Learn,
+        optimizer=st.sampled_from(["gradient", "Cobyla"]),
+        per=st.sampled_from(["model", "module"]),
+        folds=st.none() | st.integers(2, 100),
+        **common,
+    ),
+    st.builds(
+        Learn,
+        optimizer=st.just("gradient"),
+        gradient=st.sampled_from(["lbfgs", "adam"]),
+        per=st.just("layer_group"),
+        layer_groups=st.integers(2, 256),
+        folds=st.none() | st.integers(2, 100),
+        **common,
+    ),
     st.builds(
         Learn,
         form=st.sampled_from(["delta", "factor"]),
@@ -50,6 +78,15 @@ learning = st.one_of(
         **searched,
     ),
     st.builds(LoraHub, bounds=positive, **searched),
+)
+density = st.floats(0, 1, exclude_min=True)
+elect = st.sampled_from(["total", "frequency"])
+given_ones = st.one_of(
+    st.sampled_from([Linear(), Factor()]),
+    st.builds(Ties, density=density, majority_sign_method=elect),
+    st.builds(DareTies, density=density, majority_sign_method=elect),
+    st.builds(DareLinear, density=density),
+    st.builds(MagnitudePrune, density=density),
 )
 searches = st.builds(
     SearchEntry,
@@ -97,12 +134,18 @@ def recipes(draw: st.DrawFn) -> Recipe:
     if learns:
         entries += draw(st.lists(searches, max_size=2))
     license = draw(licenses)
+    method = draw(learning if learns else given_ones)
+    ranks = st.builds(OutputRank, rank=st.integers(1, 65_536)) | st.builds(
+        OutputRank, energy=st.floats(0, 1, exclude_min=True)
+    )
+    if not isinstance(method, Entrywise):
+        ranks = st.just(OutputRank()) | ranks
     return Recipe(
         version=1,
         name=draw(names),
         base=draw(text),
         adapters=tuple(entries),
-        method=draw(learning) if learns else Linear(),
+        method=method,
         data=Data(
             train=draw(splits()) if learns else None,
             test=draw(st.none() | splits()),
@@ -116,11 +159,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         max_new_tokens=draw(counts),
         output=Output(
             path=draw(text),
-            rank=draw(
-                st.just(OutputRank())
-                | st.builds(OutputRank, rank=st.integers(1, 65_536))
-                | st.builds(OutputRank, energy=st.floats(0, 1, exclude_min=True))
-            ),
+            rank=draw(ranks),
             dtype=draw(st.sampled_from(["float32", "bfloat16", "float16"])),
         ),
         publish=draw(

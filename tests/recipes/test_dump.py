@@ -38,6 +38,11 @@ def test_every_default_is_written_out_in_a_fixed_order() -> None:
     ]  # fmt: skip
     assert written["output"] == {"path": "out", "rank": "full", "dtype": "float32"}
     assert next(iter(yaml.safe_load(to_yaml(parse(GOOD)))["method"])) == "type"
+    pruned = LINEAR.replace("type: linear", "type: ties").replace("path: out", "path: out, rank: 8")
+    method = yaml.safe_load(to_yaml(parse(pruned)))["method"]
+    assert list(method.items()) == [
+        ("type", "ties"), ("density", 0.5), ("majority_sign_method", "total")
+    ]  # fmt: skip
 
 
 def test_other_yaml_readers_see_the_same_data() -> None:
@@ -125,7 +130,8 @@ def test_the_schema_knows_the_bounds_and_the_choices() -> None:
     defs = json_schema()["$defs"]
     assert defs["Learn"]["properties"]["budget"]["maximum"] == 100_000
     assert defs["Learn"]["properties"]["bounds"]["exclusiveMinimum"] == 0
-    assert "NGOpt" in defs["Learn"]["properties"]["optimizer"]["enum"]
+    assert "NGOpt" in defs["Learn"]["properties"]["optimizer"]["examples"]
+    assert defs["Learn"]["properties"]["gradient"]["enum"] == ["lbfgs", "adam"]
     assert defs["Output"]["properties"]["rank"]["default"] == "full"
     for cls in METHODS.values():
         assert defs[cls.__name__]["required"] == ["type"]
@@ -133,7 +139,10 @@ def test_the_schema_knows_the_bounds_and_the_choices() -> None:
 
 
 def test_each_method_says_what_it_is_and_where_it_comes_from() -> None:
-    assert list(METHODS) == ["linear", "learn", "lorahub"]
+    assert list(METHODS) == [
+        "linear", "factor", "ties", "dare_linear", "dare_ties", "magnitude_prune", "learn",
+        "lorahub",
+    ]  # fmt: skip
     for name, cls in METHODS.items():
         assert cls.name() == name
         assert cls.info.title
@@ -145,8 +154,12 @@ def test_each_method_says_what_it_is_and_where_it_comes_from() -> None:
 
 def test_the_optimizers_are_nevergrad_s() -> None:
     ng = pytest.importorskip("nevergrad")
-    for name in json_schema()["$defs"]["Learn"]["properties"]["optimizer"]["enum"]:
-        assert name in ng.optimizers.registry
+    shown = {
+        method: json_schema()["$defs"][method]["properties"]["optimizer"]["examples"]
+        for method in ("Learn", "LoraHub")
+    }
+    assert shown["Learn"] == ["gradient", *shown["LoraHub"]]
+    assert set(shown["LoraHub"]) <= set(ng.optimizers.registry)
 
 
 def test_recipes_are_read_without_torch_or_the_hub() -> None:

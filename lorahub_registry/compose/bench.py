@@ -1,0 +1,113 @@
+"""Where candidates are measured: in this process or by workers, always through the journal."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorahub_registry.adapters.compat import Member
+from lorahub_registry.compose.forms import Form, make_form
+from lorahub_registry.compose.journal import Journal
+from lorahub_registry.compose.objective import Coefficients, Losses, Measure
+from lorahub_registry.compose.workers import Spec, Workers
+from lorahub_registry.evaluate.base import LoadedBase
+from lorahub_registry.evaluate.quiet import one_thread
+from lorahub_registry.evaluate.tokens import Encoded
+from lorahub_registry.recipes.learned import GRADIENT, Learn, LoraHub
+from lorahub_registry.recipes.model import Recipe
+from lorahub_registry.weights.lowrank import Deltas, LowRank
+
+
+@dataclass(frozen=True)
+class Means:
+    """How a search is carried out; none of it changes what is found.
+
+    Attributes:
+        journal: where evaluations are kept until the run has ended.
+        jobs: worker processes of one thread each; None: this process, with torch's threads.
+        place: the folder of the base, which workers load it from.
+        start: makes the executor that workers run in; None: a pool of processes.
+    """
+
+    journal: Journal = field(default_factory=Journal)
+    jobs: int | None = None
+    place: Path | None = None
+    start: Any = None
+
+
+class Bench:
+    """The form over the members, measured on whatever rows are asked for; a context manager."""
+
+    def __init__(
+        self, recipe: Recipe, base: LoadedBase, members: Sequence[Member], means: Means
+    ) -> None:
+        method = recipe.method
+        assert isinstance(method, Learn | LoraHub)
+        self._recipe, self._base, self._members, self._means = recipe, base, members, means
+        self._options: dict[str, Any] = {
+            "form": method.form,
+            "per": method.per,
+            "layer_groups": getattr(method, "layer_groups", 1),
+        }
+        places = [(m.folder, m.facts) for m in members]
+        self.form: Form = make_form(places, device=base.device, **self._options)
+        self.how: dict[str, Any] = {}
+        self._slopes = method.optimizer == GRADIENT
+        self._sequential = method.num_workers == 1
+        self._workers: Workers | None = None
+        self._within = ExitStack()
+
+    def __enter__(self) -> Bench:
+        jobs = self._means.jobs
+        # One at a time, or one worker: this process does as well, with a worker's one thread.
+        if jobs and (jobs == 1 or self._sequential):
+            self._within.enter_context(one_thread())
+        elif jobs:
+            self._workers = self._within.enter_context(Workers(jobs, self._means.start))
+            self._scratch = Path(self._within.enter_context(tempfile.TemporaryDirectory()))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._within.close()
+
+    @contextmanager
+    def losses(self, scope: str, rows: Sequence[Encoded]) -> Iterator[Losses]:
+        """What measures candidates on ``rows``; ``scope`` names these rows in the journal."""
+        base, journal = self._base, self._means.journal
+        measure = Measure(base.model, self.form, base.batches(rows), slopes=self._slopes)
+        self.how = self.how or {"how": measure.how, "copies": measure.copies}
+        if self._workers is None:
+            with measure:
+                yield journal.through(scope, measure, measure.copies)
+            return
+        assert self._means.place is not None
+        spec = Spec(
+            base=str(self._means.place),
+            name=base.name,
+            device=str(base.device),
+            dtype=self._recipe.dtype,
+            adapters=tuple(str(m.folder) for m in self._members),
+            slopes=self._slopes,
+            rows=tuple((row.prompt, row.output) for row in rows),
+            **self._options,
+        ).write(self._scratch, scope.replace(" ", "-"))
+        found = self._workers.losses(spec, measure.copies)
+        yield journal.through(scope, found, measure.copies)
+
+    def mixture(self, coefficients: Coefficients) -> Deltas:
+        """What will be written, on the CPU; an adapter with coefficient 0 leaves no trace."""
+        found = {}
+        stacks = self.form.stacks or {}
+        for name, delta in self.form.at(coefficients).items():
+            if name in stacks:
+                there = torch.tensor(coefficients)[stacks[name].owner.cpu()] != 0
+                delta = LowRank(delta.a.cpu()[there], delta.b.cpu()[:, there], delta.kind)
+            if delta.rank:
+                found[name] = delta.to("cpu")
+        return found

@@ -1,0 +1,155 @@
+"""Learned mixtures: from members and rows to the adapters that stay, their coefficients, their sum.
+
+Screening (which adapters), the search (which coefficients), and the spread (how sure) measure the
+same way: in this process, or by workers, always through the journal.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from lorahub_registry.adapters.compat import Member
+from lorahub_registry.compose.bench import Bench, Means
+from lorahub_registry.compose.forms import Form
+from lorahub_registry.compose.learn import Learned, check_helps, learn
+from lorahub_registry.compose.screen import Screened, screen
+from lorahub_registry.compose.spread import spread_of
+from lorahub_registry.errors import DataError
+from lorahub_registry.evaluate.base import LoadedBase
+from lorahub_registry.evaluate.quiet import one_thread
+from lorahub_registry.evaluate.tokens import Encoded
+from lorahub_registry.progress import Progress, silent
+from lorahub_registry.recipes.learned import Learn, LoraHub
+from lorahub_registry.recipes.model import Recipe
+from lorahub_registry.weights.lowrank import Deltas
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A learned mixture.
+
+    Attributes:
+        members: those that are in it, in the recipe's order.
+        sets: what each set of coefficients is for; one empty name where there is one set.
+        mixture: the sum, on the CPU.
+        how: in which way candidates were measured, and how many shared a forward.
+        spread: see :func:`.spread.spread_of`; None where the recipe asks for none.
+        warned: what was told before the search, which the result has to say, too.
+    """
+
+    members: tuple[Member, ...]
+    learned: Learned
+    sets: tuple[str, ...]
+    mixture: Deltas
+    how: dict[str, Any]
+    screened: Screened | None = None
+    spread: dict[str, Any] | None = None
+    warned: tuple[str, ...] = ()
+
+    def mean(self) -> dict[str, float]:
+        """Member → its coefficient, the mean over the sets."""
+        sets = self.by_set().values()
+        return {m.name: statistics.fmean(each[m.name] for each in sets) for m in self.members}
+
+    def notes(self) -> list[str]:
+        """What a reader of the result has to know, and nobody was told yet."""
+        found = []
+        if self.screened:
+            asked = len(self.screened.alone)
+            found.append(f"{asked - len(self.members)} of {asked} adapters were screened out")
+        if self.learned.skipped:
+            tried = len(self.learned.evaluations)
+            found.append(f"{self.learned.skipped} of {tried} candidates had no finite loss")
+        return found
+
+    def by_set(self) -> dict[str, dict[str, float]]:
+        """Set → member → coefficient."""
+        k, c = len(self.members), self.learned.coefficients
+        return {
+            name: {m.name: c[g * k + i] for i, m in enumerate(self.members)}
+            for g, name in enumerate(self.sets)
+        }
+
+
+def fit(
+    recipe: Recipe,
+    members: Sequence[Member],
+    base: LoadedBase,
+    train: Sequence[Encoded],
+    test: Sequence[Encoded] = (),
+    *,
+    means: Means | None = None,
+    progress: Progress = silent,
+) -> Fitted:
+    """Learn the coefficients of ``recipe``.
+
+    Args:
+        test: held-out rows, on which the spread is told, too; nothing is chosen by them.
+
+    Raises:
+        NotApplied: no finite loss, or nothing is better than the base.
+        DataError: too few rows, or rows that tell no candidates apart.
+    """
+    method, means = recipe.method, means or Means()
+    assert isinstance(method, Learn | LoraHub)
+    screened = None
+    if method.screen is not None and method.screen.keep < len(members):
+        with one_thread() if means.jobs else nullcontext():
+            screened = screen(
+                base, members, base.batches(train), method.screen.keep, journal=means.journal,
+                progress=progress,
+            )  # fmt: skip
+        members = screened.kept
+    with Bench(recipe, base, members, means) as bench:
+        warned = _check_rows(method, bench.form, train)
+        for text in warned:
+            progress.warn(text)
+        with bench.losses("search", train) as losses:
+            learned = learn(
+                losses, size=bench.form.size, rows=len(train), method=method, seed=recipe.seed,
+                progress=progress,
+            )  # fmt: skip
+        check_helps(learned)
+        spread = None
+        if method.folds or method.seeds:
+            spread = spread_of(bench, method, recipe.seed, train, test, progress)
+        mixture = bench.mixture(learned.coefficients)
+    return Fitted(
+        tuple(members), learned, bench.form.sets, mixture, bench.how, screened, spread, warned
+    )
+
+
+def _check_rows(
+    method: Learn | LoraHub, form: Form, rows: Sequence[Encoded]
+) -> tuple[str, ...]:  # fmt: skip
+    """Whether the rows carry so many coefficients.
+
+    Returns:
+        What there is to warn of.
+
+    Raises:
+        DataError: fewer rows than folds; or more coefficients than the rows have output tokens,
+            where each layer group or module has its own: the rows would not determine them.
+    """
+    if method.folds and method.folds > len(rows):
+        raise DataError(
+            f"folds: {method.folds} needs as many training rows, and there are {len(rows)}",
+            hint="give more rows, or fewer folds",
+        )
+    tokens = sum(len(row.output) for row in rows)
+    if method.per != "model" and form.size > tokens:
+        raise DataError(
+            f"per: {method.per} has {form.size} coefficients, and {len(rows)} training rows with "
+            f"{tokens} output tokens do not determine them",
+            hint="give more rows, or take per: model or fewer layer_groups",
+        )
+    if form.size > len(rows):
+        return (
+            f"{form.size} coefficients are learned from {len(rows)} rows: more than they carry; "
+            "look at the spread (folds: 5) before trusting them",
+        )
+    return ()

@@ -1,0 +1,129 @@
+"""Of many adapters, the few that are worth a search.
+
+First each alone, with coefficient 1, one at a time in memory; then, of the best of these, greedily
+the one that gains most beside those kept, at coefficient 1 or 0.5. It is a heuristic of the exact
+sum: the search that follows decides about coefficients, and the proof about the mixture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from lorahub_registry.adapters.compat import Member
+from lorahub_registry.compose.forms import make_form
+from lorahub_registry.compose.journal import Journal
+from lorahub_registry.compose.objective import Coefficients, Loss, Measure
+from lorahub_registry.errors import NotApplied
+from lorahub_registry.evaluate.base import LoadedBase
+from lorahub_registry.evaluate.nll import score
+from lorahub_registry.evaluate.tokens import Batch
+from lorahub_registry.progress import Progress, silent
+from lorahub_registry.runtime.apply import applied
+from lorahub_registry.weights.files import load_deltas
+
+_STRENGTHS = (1.0, 0.5)
+
+
+@dataclass(frozen=True)
+class Screened:
+    """What screening found.
+
+    Attributes:
+        kept: the members that stay, in the recipe's order.
+        alone: name → NLL with coefficient 1, in nats a token; infinite where it is no number.
+        together: name → NLL of the sum once this adapter was added, in the order of adding.
+    """
+
+    kept: tuple[Member, ...]
+    alone: dict[str, float]
+    together: dict[str, float]
+
+
+def screen(
+    base: LoadedBase,
+    members: Sequence[Member],
+    batches: Sequence[Batch],
+    keep: int,
+    *,
+    journal: Journal,
+    progress: Progress = silent,
+) -> Screened:
+    """Keep the best ``keep`` of ``members`` on these rows.
+
+    The best single adapter is always kept. Where nothing more gains beside those kept, the places
+    left go to the next best alone.
+
+    Raises:
+        NotApplied: no adapter alone gives a finite loss.
+    """
+    single = []
+    with progress.task("Screening, one by one", len(members), "adapter") as task:
+        for member in members:
+            task.describe(member.name)
+            single.append(_alone(base, member, batches, journal))
+            task.advance()
+    order = [i for i in sorted(range(len(members)), key=single.__getitem__)
+             if math.isfinite(single[i])]  # fmt: skip
+    if not order:
+        raise NotApplied(
+            "no adapter alone gives a finite loss on the training rows",
+            hint="they make the base overflow: were they made for it?",
+        )
+    short = order[: max(2 * keep, keep + 4)]
+    joint = _greedy(base, [members[i] for i in short], single[short[0]], batches, keep, journal,
+                    progress)  # fmt: skip
+    kept = [short[0], *(short[j] for j, _ in joint)]
+    kept += [i for i in short if i not in kept][: keep - len(kept)]
+    return Screened(
+        tuple(members[i] for i in sorted(kept)),
+        {m.name: nll for m, nll in zip(members, single, strict=True)},
+        {members[short[j]].name: nll for j, nll in joint},
+    )
+
+
+def _alone(base: LoadedBase, member: Member, batches: Sequence[Batch], journal: Journal) -> float:
+    def measured(candidates: Sequence[Coefficients]) -> Iterator[Loss]:
+        if candidates:
+            with applied(base.model, load_deltas(member.folder, member.facts)):
+                yield Loss(score(base.model, batches).mean)
+
+    [loss] = journal.through(f"alone {member.name}", measured)([(1.0,)])
+    return loss.nll if math.isfinite(loss.nll) else math.inf
+
+
+def _greedy(
+    base: LoadedBase,
+    members: Sequence[Member],
+    first: float,
+    batches: Sequence[Batch],
+    keep: int,
+    journal: Journal,
+    progress: Progress,
+) -> list[tuple[int, float]]:
+    """(member, NLL) one after the other; the first of ``members``, whose NLL is given, is in."""
+    best, taken = first, list[tuple[int, float]]()
+    coefficients: Coefficients = (1.0, *[0.0] * (len(members) - 1))
+    form = make_form([(m.folder, m.facts) for m in members], device=base.device)
+    with (
+        Measure(base.model, form, batches) as measure,
+        progress.task("Screening, together", keep - 1, "adapter") as task,
+    ):
+        losses = journal.through("together", measure, measure.copies)
+        while len(taken) + 1 < keep:
+            tried = [
+                (j, (*coefficients[:j], strength, *coefficients[j + 1 :]))
+                for j, c in enumerate(coefficients)
+                if c == 0.0
+                for strength in _STRENGTHS
+            ]
+            found = [loss.nll for loss in losses([c for _, c in tried])]
+            values = [nll if math.isfinite(nll) else math.inf for nll in found]
+            value, at = min((v, n) for n, v in enumerate(values))
+            if not value < best:
+                break
+            (j, coefficients), best = tried[at], value
+            taken.append((j, value))
+            task.advance()
+    return taken

@@ -1,0 +1,101 @@
+"""Searches without gradients: nevergrad proposes, the rows answer."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from lorahub_registry.compose.objective import Coefficients
+from lorahub_registry.compose.stopping import Stop
+from lorahub_registry.errors import RecipeError
+from lorahub_registry.recipes.learned import Learn, LoraHub
+
+Values = Callable[[Sequence[Coefficients]], list[float]]
+
+
+def ask_and_tell(
+    values: Values,
+    stop: Callable[[], Stop | None],
+    *,
+    size: int,
+    method: Learn | LoraHub,
+    seed: int,
+) -> tuple[Coefficients, Stop]:
+    """Ask for ``num_workers`` candidates, have them evaluated, tell what they gave, until the end.
+
+    Args:
+        values: candidates in, finite objectives out, in the same order.
+        stop: asked after every round.
+
+    Returns:
+        What the optimizer recommends in the end, and why it ended.
+
+    Raises:
+        RecipeError: the optimizer fails: it lacks a package, or takes no such size or budget.
+    """
+    import nevergrad as ng  # takes half a second
+    from nevergrad.optimization import metamodel
+
+    # nevergrad 1.0.12 makes floats of arrays that hold one, which numpy 2.4 refuses: NGOpt itself
+    # takes this way where it proposes several candidates.
+    metamodel.float = _one
+    # COBYLA's thread may talk when all is over.
+    warnings.filterwarnings("ignore", module=r"scipy\._lib\.pyprima")
+    with warnings.catch_warnings(), _seeded(seed):
+        space = ng.p.Array(
+            init=[method.init] * size, lower=[-method.bounds] * size, upper=[method.bounds] * size
+        )
+        space.random_state.seed(seed)
+        # COBYLA and bounded mutations talk about their own settings; nobody here can act on it.
+        warnings.simplefilter("ignore")
+        with _named(method.optimizer):
+            optimizer = ng.optimizers.registry[method.optimizer](
+                parametrization=space, budget=method.budget, num_workers=method.num_workers
+            )
+        told = 0
+        while (end := stop()) is None:
+            with _named(method.optimizer):
+                count = min(method.num_workers, method.budget - told)
+                asked = [optimizer.ask() for _ in range(count)]
+            found = values([tuple(float(x) for x in candidate.value) for candidate in asked])
+            with _named(method.optimizer):
+                for candidate, objective in zip(asked, found, strict=True):
+                    optimizer.tell(candidate, objective)
+            told += len(asked)
+        with _named(method.optimizer):
+            recommended = optimizer.provide_recommendation().value
+    return tuple(float(x) for x in recommended), end
+
+
+def _one(number: Any) -> float:
+    return float(np.asarray(number).item())
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Some of nevergrad's searches draw from the generators that everybody shares."""
+    before = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+
+
+@contextmanager
+def _named(optimizer: str) -> Iterator[None]:
+    """Errors of nevergrad's own as one that names the optimizer."""
+    try:
+        yield
+    except Exception as error:
+        raise RecipeError(
+            f"nevergrad's {optimizer} fails here: {type(error).__name__}: {error}",
+            hint="take another optimizer; NGOpt chooses one that fits size and budget",
+        ) from error

@@ -1,0 +1,64 @@
+"""Which rows to learn from: those that lie furthest apart as the base sees them.
+
+k-center by farthest-first traversal (Gonzalez 1985; for choosing training rows: Sener and Savarese,
+arXiv:1708.00489): the first row is drawn, then always the row that is furthest from all chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+
+import torch
+
+from lorahub_registry.evaluate.base import LoadedBase
+from lorahub_registry.evaluate.tokens import Encoded
+from lorahub_registry.progress import Progress, silent
+
+
+def diverse(
+    base: LoadedBase,
+    rows: Sequence[Encoded],
+    count: int,
+    *,
+    seed: int,
+    progress: Progress = silent,
+) -> list[int]:
+    """The numbers of ``count`` rows, ascending; all of them where there are no more.
+
+    A row is where the mean of the base's last hidden states over its tokens lies (of a seq2seq
+    model: the encoder's, over the prompt).
+    """
+    if count >= len(rows):
+        return list(range(len(rows)))
+    points = _hidden(base, rows, progress)
+    chosen = [Random(seed).randrange(len(rows))]
+    nearest = (points - points[chosen[0]]).norm(dim=1)
+    while len(chosen) < count:
+        nearest[chosen] = -1.0  # also where rows are the same
+        chosen.append(int(nearest.argmax()))
+        nearest = nearest.minimum((points - points[chosen[-1]]).norm(dim=1))
+    return sorted(chosen)
+
+
+def _hidden(base: LoadedBase, rows: Sequence[Encoded], progress: Progress) -> torch.Tensor:
+    """[rows, width], float64 on the CPU."""
+    model = base.model
+    inner = model.get_encoder() if base.seq2seq else model.base_model
+    points: torch.Tensor | None = None
+    batches = base.batches(rows)
+    with (
+        torch.inference_mode(),
+        progress.task("Looking at the rows", len(rows), "row") as task,
+    ):
+        for batch in batches:
+            mask = batch.inputs["attention_mask"]
+            states = inner(input_ids=batch.inputs["input_ids"], attention_mask=mask)
+            share = mask / mask.sum(1, keepdim=True)
+            means = (states.last_hidden_state.float() * share[..., None]).sum(1).cpu().double()
+            if points is None:
+                points = torch.zeros(len(rows), means.shape[1], dtype=torch.float64)
+            points[batch.rows] = means
+            task.advance(len(batch.rows))
+    assert points is not None
+    return points
