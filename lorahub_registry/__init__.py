@@ -24,6 +24,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from lorahub_registry.api.find import pull, search, sync
     from lorahub_registry.api.index import add
+    from lorahub_registry.api.lorahub import lorahub_inference, lorahub_learning
     from lorahub_registry.api.mix import Mixture, compose
     from lorahub_registry.api.publish import card, push
     from lorahub_registry.api.talk import Loaded, load
@@ -39,6 +40,8 @@ __all__ = [
     "card",
     "compose",
     "load",
+    "lorahub_inference",
+    "lorahub_learning",
     "pull",
     "push",
     "search",
@@ -54,6 +57,8 @@ _WHERE = {
     "card": "api.publish",
     "compose": "api.mix",
     "load": "api.talk",
+    "lorahub_inference": "api.lorahub",
+    "lorahub_learning": "api.lorahub",
     "pull": "api.find",
     "push": "api.publish",
     "search": "api.find",

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorahub_registry.adapters.base_files import BaseFacts, base_digest, base_stamp, read_base
-from lorahub_registry.errors import AmbiguousRef
+from lorahub_registry.errors import AmbiguousRef, BaseModelError
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.refs import expand, looks_like_path
+from lorahub_registry.registry.records import AdapterRecord
 from lorahub_registry.registry.store import Registry
 from lorahub_registry.settings import Settings
 
@@ -60,6 +61,26 @@ def resolve_base(
     settings = Settings.from_environment()
     folder, commit = pull_base(name, revision or None, settings=settings, progress=progress)
     return ResolvedBase(_facts(folder, name, commit, registry, progress), folder)
+
+
+def base_of(
+    record: AdapterRecord, named: str | None, *, registry: Registry, progress: Progress = silent
+) -> ResolvedBase:
+    """The base that an adapter sits on: the one ``named``, else the one that its config names.
+
+    Raises:
+        BaseModelError: neither says any, or it is not there.
+    """
+    name = named or record.base.name
+    if name is None:
+        raise BaseModelError(
+            f"{record.name} does not say which base it was made for", hint="name it: --base ID"
+        )
+    declared = expand(record.base.declared or "")
+    if named is None and record.base.declared and (declared / "config.json").is_file():
+        name = str(declared)
+    pin = f"@{record.base.revision}" if record.base.revision and not named else ""
+    return resolve_base(f"{name}{pin}", registry=registry, progress=progress)
 
 
 def _facts(

@@ -47,6 +47,28 @@ def resolve_members(
             found += _searched(entry, base, registry, progress)
         else:
             found.append((entry, _find(entry.ref, beside, registry, progress)))
+    return _members(found, registry, progress)
+
+
+def resolve_refs(
+    refs: Sequence[str], *, beside: Path, registry: Registry, progress: Progress = silent
+) -> list[Member]:
+    """Adapters named one by one, without a recipe, in the same order.
+
+    Args:
+        refs: folders (counted from ``beside``), registered names, or Hub refs, which are pulled.
+
+    Raises:
+        As :func:`resolve_members`.
+    """
+    entries = [RefEntry(ref=ref) for ref in refs]
+    found = [(entry, _find(entry.ref, beside, registry, progress)) for entry in entries]
+    return _members(found, registry, progress)
+
+
+def _members(
+    found: Sequence[tuple[RefEntry, StoredAdapter]], registry: Registry, progress: Progress
+) -> list[Member]:
     members: list[Member] = []
     for entry, stored in found:
         member = _member(entry, _here(stored, registry, progress), registry, progress)

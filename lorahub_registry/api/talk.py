@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from lorahub_registry.adapters.compat import Member, check_base, check_sum, check_weights
 from lorahub_registry.adapters.facts import read_facts
-from lorahub_registry.api.bases import ResolvedBase, resolve_base
+from lorahub_registry.api.bases import ResolvedBase, base_of
 from lorahub_registry.card import RECIPE_NAME, RESULTS_NAME
-from lorahub_registry.errors import BaseModelError, UnknownRef, UsageError
+from lorahub_registry.errors import UnknownRef, UsageError
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.refs import expand, looks_like_path
 from lorahub_registry.registry.index import record_of_folder
@@ -82,7 +82,7 @@ def load(
     if isinstance(base, tuple):
         found = base
     else:
-        found = _find_base(record, base, registry, progress)
+        found = base_of(record, base, registry=registry, progress=progress)
         for passed in check_base([member], found.facts, allow=base is not None):
             progress.warn(passed)
     loaded = _load_base(record, found, device, dtype, progress)
@@ -134,7 +134,7 @@ def generate(
         raise UsageError(f"{max(names, key=names.count)!r} is named twice")
     present = [m for m in members if m is not None]
     check_sum(present)
-    found = _find_base(record, base, registry, progress)
+    found = base_of(record, base, registry=registry, progress=progress)
     for passed in check_base(present, found.facts, allow=base is not None):
         progress.warn(passed)
     loaded = _load_base(record, found, device, dtype, progress)
@@ -218,21 +218,6 @@ def _member(folder: Path, record: AdapterRecord) -> Member:
         base=record.base.name,
         base_digest=record.base.digest,
     )
-
-
-def _find_base(
-    record: AdapterRecord, base: str | None, registry: Registry, progress: Progress
-) -> ResolvedBase:
-    name = base or record.base.name
-    if name is None:
-        raise BaseModelError(
-            f"{record.name} does not say which base it was made for", hint="name it: --base ID"
-        )
-    declared = expand(record.base.declared or "")
-    if base is None and record.base.declared and (declared / "config.json").is_file():
-        name = str(declared)
-    pin = f"@{record.base.revision}" if record.base.revision and not base else ""
-    return resolve_base(f"{name}{pin}", registry=registry, progress=progress)
 
 
 def _load_base(
