@@ -34,21 +34,20 @@ from typing import Any
 
 import common
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel
+from published_loop import PublishedLoop
 from safetensors.torch import load_file
+from t5_modules import ALPHA, MODULES, RANK, make_base, write_modules
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import T5Config, T5ForConditionalGeneration
 
 from lorahub_registry.adapters.facts import AdapterFacts, read_facts
 from lorahub_registry.compose.forms import DeltaForm, FactorForm, Form
-from lorahub_registry.compose.learn import objective
+from lorahub_registry.compose.objective import value
 from lorahub_registry.evaluate.nll import score
 from lorahub_registry.evaluate.tokens import Batch, Encoded, batches
 from lorahub_registry.runtime.apply import Applied
 from lorahub_registry.weights.files import load_deltas
 
-MODULES, RANK, ALPHA = 20, 16, 32
 EXAMPLES, PROMPT_TOKENS = 5, 166
 L1 = 0.05
 EXACT = 1e-6
@@ -58,29 +57,6 @@ AS_NEAR = 1.5
 square; which of two roundings lies nearer is chance in each vector."""
 
 Coefficients = tuple[float, ...]
-
-
-def make_base(seed: int) -> T5ForConditionalGeneration:
-    """T5 in t5-small's shape, as it is initialised."""
-    torch.manual_seed(seed)
-    base = T5ForConditionalGeneration(T5Config(decoder_start_token_id=0))
-    return base.eval().requires_grad_(False)
-
-
-def write_modules(base: nn.Module, folder: Path, seed: int) -> list[Path]:
-    """LoRA folders written by PEFT: A as large as PEFT makes it, B as after some training."""
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q", "v"])
-    model = get_peft_model(copy.deepcopy(base), config)
-    random = torch.Generator().manual_seed(seed)
-    folders = []
-    for n in range(MODULES):
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                size = 0.0255 if "lora_A" in name else 0.005
-                parameter.data = torch.randn(parameter.shape, generator=random) * size
-        folders.append(folder / f"module-{n:02}")
-        model.save_pretrained(folders[-1])
-    return folders
 
 
 def make_rows(vocabulary: int, seed: int) -> list[Encoded]:
@@ -94,6 +70,18 @@ def make_rows(vocabulary: int, seed: int) -> list[Encoded]:
     return [Encoded(text(PROMPT_TOKENS), text(3 + n)) for n in range(EXAMPLES)]
 
 
+def rows_of(batch: Batch) -> list[dict[str, torch.Tensor]]:
+    """A batch row by row, as the loop's loader takes them."""
+    rows = {name: tensor.cpu() for name, tensor in batch.inputs.items()}
+    return [{name: tensor[n] for name, tensor in rows.items()} for n in range(len(batch.rows))]
+
+
+def states(folders: Sequence[Path], device: str) -> list[dict[str, torch.Tensor]]:
+    """Every module's tensors as they lie in its file."""
+    read = [load_file(folder / "adapter_model.safetensors") for folder in folders]
+    return [{key: t.to(device) for key, t in tensors.items()} for tensors in read]
+
+
 class Ours:
     """A candidate as ``compose`` evaluates it."""
 
@@ -105,44 +93,12 @@ class Ours:
         """(mean cross-entropy, objective); ``on`` has been entered, as a search does once."""
         self.set(coefficients)
         nll = score(self._base, self._rows)
-        return nll.mean, objective(nll, coefficients, L1, "published")
+        rows = len(nll.sums)
+        return nll.mean, value(nll.mean, coefficients, l1=L1, kind="published", rows=rows)
 
     def set(self, coefficients: Coefficients) -> None:
         """Coefficients to deltas to weights."""
         self.on.set(self._form.at(coefficients))
-
-
-class PublishedLoop:
-    """LoraHub's evaluation of one candidate, on a stock PEFT model."""
-
-    def __init__(self, model: PeftModel, folders: Sequence[Path], batch: Batch) -> None:
-        self._model, self._device = model, batch.labels.device
-        self._states: list[dict[str, torch.Tensor]] = []
-        for folder in folders:
-            tensors = load_file(folder / "adapter_model.safetensors")
-            self._states.append({k: t.to(self._device) for k, t in tensors.items()})
-        rows = {name: tensor.cpu() for name, tensor in batch.inputs.items()}
-        self._rows = [
-            {name: tensor[n] for name, tensor in rows.items()} for n in range(len(batch.rows))
-        ]
-
-    def __call__(self, coefficients: Coefficients) -> tuple[float, float]:
-        """(mean cross-entropy, objective)."""
-        first, *others = zip(coefficients, self._states, strict=True)
-        total = {name: first[0] * tensor for name, tensor in first[1].items()}
-        for weight, state in others:
-            for name, tensor in state.items():
-                total[name] = total[name] + weight * tensor
-        set_peft_model_state_dict(self._model, total)
-        loss = 0.0
-        rows: Any = self._rows
-        loader: DataLoader[Any] = DataLoader(rows, batch_size=len(rows))
-        with torch.no_grad():
-            for read in loader:
-                inputs = {name: tensor.to(self._device) for name, tensor in read.items()}
-                loss += float(self._model(**inputs).loss.detach().float())
-        penalty = L1 * sum(map(abs, coefficients)) / len(coefficients)
-        return loss, loss / len(self._rows) + penalty
 
 
 class InDouble:
@@ -257,7 +213,7 @@ def main(args: argparse.Namespace) -> None:
         factor = Ours(base, FactorForm(list(zip(folders, read, strict=True)), args.device), rows)
         deltas = [load_deltas(f, facts) for f, facts in zip(folders, read, strict=True)]
         delta = Ours(base, DeltaForm(deltas, args.device), rows)
-        loop = PublishedLoop(loop_model, folders, batch)
+        loop = PublishedLoop(loop_model, states(folders, args.device), rows_of(batch), args.device)
         exact = InDouble(base, folders, read[0], batch)
 
     first = seeds["coefficients"]

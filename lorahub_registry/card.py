@@ -93,6 +93,7 @@ def render(facts: Mapping[str, Any], recipe: str, *, repo: str | None = None) ->
         autoescape=False,  # Markdown: cells go through the filter below
     )
     environment.filters |= {"cell": cell, "code": code, "fence": fence, "literal": literal}
+    environment.filters["plusminus"] = plusminus
     try:
         body = environment.get_template("mixture.md.jinja").render(
             **facts, recipe=recipe.rstrip("\n"), repo=repo or f"OWNER/{facts['name']}"
@@ -149,6 +150,13 @@ def cell(value: Any) -> str:
     """``value`` where Markdown and HTML mean nothing: fit for a table's cell."""
     text = "".join(c if c.isprintable() else " " for c in str(value))
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", text)
+
+
+def plusminus(spread: Mapping[str, float | None]) -> str:
+    """``mean ± std``; a dash where there is no number."""
+    return " ± ".join(
+        "–" if spread[key] is None else f"{spread[key]:.4f}" for key in ("mean", "std")
+    )
 
 
 def code(value: Any) -> str:

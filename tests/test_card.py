@@ -263,3 +263,9 @@ def test_results_that_are_none_are_told(tmp_path: Path, text: str) -> None:
     (tmp_path / "results.json").write_text(text)
     with pytest.raises(OutputError):
         read_results(tmp_path)
+
+
+def test_a_loss_that_is_no_number_is_said_in_words() -> None:
+    found = facts()
+    found["test"][1]["nll"] = found["test"][1]["nll_stderr"] = None
+    assert "| not finite |" in render(found, RECIPE)

@@ -60,7 +60,8 @@ def _estimate(ready: Prepared) -> dict[str, Any]:
     width = max((shape[-1] for shape in shapes.values() if len(shape) == 2), default=1024)
     gflops = _measured_gflops(device, min(width, 4096))
     forwards = passes * train + models * test
-    adapters = sum(m.facts.parameters or 0 for m in ready.members) * 4
+    sizes = sorted((m.facts.parameters or 0 for m in ready.members), reverse=True)
+    adapters = sum(sizes[: _together(recipe, len(sizes))]) * 4
     changed = {m.name: m.fan_in * m.fan_out for a in ready.members for m in a.facts.modules}
     # A number as it is stored, unless the recipe says otherwise; copies only of float32 weights.
     each = _BYTES.get(recipe.dtype) or ready.base.facts.bytes / max(1, parameters)
@@ -94,6 +95,12 @@ def _kept(recipe: Recipe, members: int) -> int:
     return min(members, screen.keep) if screen else members
 
 
+def _together(recipe: Recipe, members: int) -> int:
+    """How many adapters are in memory at once."""
+    kept = _kept(recipe, members)
+    return min(members, max(2 * kept, kept + 4))
+
+
 def _search(recipe: Recipe, members: int) -> tuple[int, float]:
     """(evaluations at most, what they cost in forwards over the training rows)."""
     method = recipe.method
@@ -104,8 +111,10 @@ def _search(recipe: Recipe, members: int) -> tuple[int, float]:
     # A backward pass costs two forwards.
     each = 3 if method.optimizer == GRADIENT else 1
     kept = _kept(recipe, members)
-    # Alone, and then each of twice as many at two strengths, until enough are kept.
-    screening = members + 2 * 2 * kept * (kept - 1) if kept < members else 0
+    # Alone, and then each of the short list at two strengths, until enough are kept.
+    short = _together(recipe, members)
+    joint = sum(2 * (short - taken) for taken in range(1, kept))
+    screening = members + joint if kept < members else 0
     evaluations = method.budget * (1 + again) + screening
     return round(evaluations), each * method.budget * (1 + again * share) + screening
 

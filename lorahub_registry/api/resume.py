@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorahub_registry import __version__
+from lorahub_registry.adapters.tensors import file_sha256
 from lorahub_registry.api.prepare import Prepared
 from lorahub_registry.errors import DataError, NotApplied, RecipeError
 from lorahub_registry.progress import Progress
@@ -18,6 +21,9 @@ from lorahub_registry.registry.store import Registry
 if TYPE_CHECKING:
     from lorahub_registry.compose.bench import Means
     from lorahub_registry.evaluate.base import LoadedBase
+
+
+_KEPT = 30 * 24 * 3600  # seconds
 
 
 @contextmanager
@@ -37,7 +43,9 @@ def means_of(
     from lorahub_registry.compose.journal import Journal
 
     searches = ready.recipe.method.learns and ready.base.folder is not None
-    path = registry.path.parent / "journals" / f"{_run_key(ready, loaded, jobs)}.jsonl"
+    journals = registry.path.parent / "journals"
+    path = journals / f"{_run_key(ready, loaded, jobs)}.jsonl"
+    _sweep(journals)
     journal = Journal(path if searches else None)
     if journal.found:
         progress.say(
@@ -56,6 +64,14 @@ def means_of(
         journal.close()
 
 
+def _sweep(journals: Path) -> None:
+    """Delete what nobody came back for."""
+    for left in journals.glob("*.jsonl"):
+        with suppress(OSError):  # gone meanwhile, or not ours to delete
+            if time.time() - left.stat().st_mtime > _KEPT:
+                left.unlink()
+
+
 def _run_key(ready: Prepared, loaded: LoadedBase, jobs: int | None) -> str:
     """Over all that decides a number: pins and settings, libraries, device, threads."""
     import torch
@@ -63,6 +79,7 @@ def _run_key(ready: Prepared, loaded: LoadedBase, jobs: int | None) -> str:
     libraries = ("torch", "transformers", "nevergrad", "scipy", "numpy")
     facts = [
         ready.lock.dumps(),
+        file_sha256(ready.base.folder / "config.json") if ready.base.folder else None,
         [__version__, *(version(name) for name in libraries)],
         str(loaded.device),
         1 if jobs else torch.get_num_threads(),

@@ -146,7 +146,8 @@ def proof_page(results: dict[str, Any]) -> str:
         lines += ["", f"{'':<{wide}}  {'NLL':>8}  {'':>8}{'  EXACT' if exact else ''}".rstrip()]
         for row in results["test"]:
             error = row["nll_stderr"]  # None over a single row
-            text = f"{row['name']:<{wide}}  {row['nll']:8.4f}  "
+            nll = f"{row['nll']:8.4f}" if row["nll"] is not None else "not finite"
+            text = f"{row['name']:<{wide}}  {nll}  "
             text += f"±{error:7.4f}" if error is not None else " " * 8
             lines.append(text + (f"  {row['exact_match']:5.1%}" if exact else ""))
         lines += [f"on {results['test'][0]['n']} held-out rows of {clean(results['task'])}", ""]
@@ -160,8 +161,9 @@ def _coefficients(results: dict[str, Any]) -> list[str]:
     lines = []
     for i, m in enumerate(results["members"]):
         text = f"{m['coefficient']:+.4f}"
-        if spread and not sets:
-            text += f" ± {spread['coefficients'][i]['std']:.4f}"
+        if spread and not sets and spread["coefficients"]:
+            std = spread["coefficients"][i]["std"]
+            text += f" ± {std:.4f}" if std is not None else ""
         lines.append(f"{text}  {clean(m['name'])}")
     if sets:
         lines.append(f"(means of {len(sets)} sets; results.json has each)")

@@ -13,7 +13,7 @@ import torch
 
 from lorahub_registry.adapters.compat import Member
 from lorahub_registry.compose.forms import Form, make_form
-from lorahub_registry.compose.journal import Journal
+from lorahub_registry.compose.journal import Journal, rows_digest
 from lorahub_registry.compose.objective import Coefficients, Losses, Measure
 from lorahub_registry.compose.workers import Spec, Workers
 from lorahub_registry.evaluate.base import LoadedBase
@@ -59,14 +59,14 @@ class Bench:
         self.form: Form = make_form(places, device=base.device, **self._options)
         self.how: dict[str, Any] = {}
         self._slopes = method.optimizer == GRADIENT
-        self._sequential = method.num_workers == 1
+        self._population = method.num_workers
         self._workers: Workers | None = None
         self._within = ExitStack()
 
     def __enter__(self) -> Bench:
         jobs = self._means.jobs
         # One at a time, or one worker: this process does as well, with a worker's one thread.
-        if jobs and (jobs == 1 or self._sequential):
+        if jobs and (jobs == 1 or self._population == 1):
             self._within.enter_context(one_thread())
         elif jobs:
             self._workers = self._within.enter_context(Workers(jobs, self._means.start))
@@ -76,15 +76,25 @@ class Bench:
     def __exit__(self, *_: object) -> None:
         self._within.close()
 
+    @property
+    def parallel(self) -> bool:
+        """Whether worker processes measure."""
+        return self._workers is not None
+
     @contextmanager
     def losses(self, scope: str, rows: Sequence[Encoded]) -> Iterator[Losses]:
         """What measures candidates on ``rows``; ``scope`` names these rows in the journal."""
         base, journal = self._base, self._means.journal
-        measure = Measure(base.model, self.form, base.batches(rows), slopes=self._slopes)
-        self.how = self.how or {"how": measure.how, "copies": measure.copies}
+        batches = base.batches(rows, gradients=self._slopes)
+        measure = Measure(
+            base.model, self.form, batches, slopes=self._slopes, population=self._population
+        )
+        self.how = {"how": measure.how, "copies": measure.copies}
+        known = f"{scope} {rows_digest(rows)}"
         if self._workers is None:
             with measure:
-                yield journal.through(scope, measure, measure.copies)
+                yield journal.through(known, measure, measure.copies)
+            self.how = {"how": measure.how, "copies": measure.copies}
             return
         assert self._means.place is not None
         spec = Spec(
@@ -94,11 +104,12 @@ class Bench:
             dtype=self._recipe.dtype,
             adapters=tuple(str(m.folder) for m in self._members),
             slopes=self._slopes,
+            population=self._population,
             rows=tuple((row.prompt, row.output) for row in rows),
             **self._options,
         ).write(self._scratch, scope.replace(" ", "-"))
         found = self._workers.losses(spec, measure.copies)
-        yield journal.through(scope, found, measure.copies)
+        yield journal.through(known, found, measure.copies)
 
     def mixture(self, coefficients: Coefficients) -> Deltas:
         """What will be written, on the CPU; an adapter with coefficient 0 leaves no trace."""

@@ -100,11 +100,16 @@ def fit(
     if method.screen is not None and method.screen.keep < len(members):
         with one_thread() if means.jobs else nullcontext():
             screened = screen(
-                base, members, base.batches(train), method.screen.keep, journal=means.journal,
+                base, members, train, method.screen.keep, journal=means.journal,
                 progress=progress,
             )  # fmt: skip
         members = screened.kept
     with Bench(recipe, base, members, means) as bench:
+        if means.jobs and means.jobs > 1 and not bench.parallel:
+            progress.warn(
+                f"--jobs {means.jobs} is of no use here: the search proposes one candidate at a "
+                "time (num_workers: 1)"
+            )
         warned = _check_rows(method, bench.form, train)
         for text in warned:
             progress.warn(text)
@@ -116,7 +121,10 @@ def fit(
         check_helps(learned)
         spread = None
         if method.folds or method.seeds:
-            spread = spread_of(bench, method, recipe.seed, train, test, progress)
+            spread = spread_of(
+                bench, method, recipe.seed, train, test, held_out=screened is None,
+                progress=progress,
+            )  # fmt: skip
         mixture = bench.mixture(learned.coefficients)
     return Fitted(
         tuple(members), learned, bench.form.sets, mixture, bench.how, screened, spread, warned

@@ -8,6 +8,7 @@ kill cut off is dropped.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -16,8 +17,15 @@ from typing import Any
 
 from lorahub_registry.compose.objective import Coefficients, Loss, Losses
 from lorahub_registry.errors import OutputError
+from lorahub_registry.evaluate.tokens import Encoded
 
 _VERSION = 1
+
+
+def rows_digest(rows: Sequence[Encoded]) -> str:
+    """Names rows as the model sees them: tokenizer, template and selection are all in it."""
+    ids = json.dumps([(row.prompt, row.output) for row in rows])
+    return hashlib.sha256(ids.encode()).hexdigest()[:16]
 
 
 class Journal:
@@ -44,7 +52,7 @@ class Journal:
         self.found, self.used = len(self._known), 0
 
     def put(self, scope: str, coefficients: Coefficients, loss: Loss) -> None:
-        """Keep ``loss``; on the disk before this returns."""
+        """Keep ``loss``; it survives a kill of this process from here on."""
         key = scope, coefficients
         if key in self._known:
             return

@@ -80,7 +80,7 @@ def learn(
             "the search saw no finite loss",
             hint="an adapter makes the base overflow: compare them with `lorareg generate`",
         )
-    _check_told_apart(seen.all)
+    _check_told_apart(seen.all, flat=seen.flat)
     chosen = recommended if isinstance(method, LoraHub) else best.coefficients
     return Learned(chosen, tuple(seen.all), why, seen.skipped)
 
@@ -92,9 +92,12 @@ def check_helps(learned: Learned) -> None:
         NotApplied: it ended with every coefficient at zero.
     """
     if not any(learned.coefficients):
+        tried = len(learned.evaluations)
+        skipped = f"; {learned.skipped} of {tried} candidates had no finite loss"
         best = min(learned.evaluations, key=lambda e: e.objective)
         raise NotApplied(
-            f"no mixture is better on the training rows than the base alone (NLL {best.nll:.3f})",
+            f"no mixture is better on the training rows than the base alone (NLL {best.nll:.3f}"
+            f"{skipped if learned.skipped else ''})",
             hint="use the base; or give a larger budget, or adapters nearer to the task",
         )
 
@@ -106,6 +109,7 @@ class _Seen:
         self._losses, self._method, self._rows, self._task = losses, method, rows, task
         self.all: list[Evaluation] = []
         self.skipped = 0
+        self.flat: bool | None = None  # no gradient so far was anything but zero
         self.stopping = Stopping(method)
 
     def values(self, candidates: Sequence[Coefficients]) -> list[float]:
@@ -121,6 +125,7 @@ class _Seen:
         """NLL and gradient; where they are not numbers, a slope that leads back to zero."""
         [found] = self._measured([candidate])
         if found.slope is not None and all(map(math.isfinite, (found.nll, *found.slope))):
+            self.flat = not any(found.slope) and self.flat is not False
             return found.nll, np.array(found.slope)
         worst = max((e.nll for e in self.all if math.isfinite(e.nll)), default=0.0)
         return worst + 10, 10 * np.sign(np.array(candidate))
@@ -142,16 +147,20 @@ class _Seen:
         self._task.advance()
 
 
-def _check_told_apart(seen: Sequence[Evaluation]) -> None:
+def _check_told_apart(seen: Sequence[Evaluation], *, flat: bool | None) -> None:
     """Whether the rows tell any two candidates apart.
+
+    Args:
+        flat: every gradient was zero.
 
     Raises:
         DataError: all losses are equal.
     """
     finite = {e.coefficients: e.nll for e in seen if math.isfinite(e.nll)}
-    if len(finite) > 1 and len(set(finite.values())) == 1:
+    if flat or (len(finite) > 1 and len(set(finite.values())) == 1):
+        why = "the gradient is zero" if flat else f"each of {len(finite)} candidates has it"
         raise DataError(
-            f"the rows cannot tell the adapters apart: each of {len(finite)} candidates has the "
-            f"same NLL, {next(iter(finite.values())):.4f}",
+            "the rows cannot tell the adapters apart: the NLL is the same for all coefficients, "
+            f"{next(iter(finite.values())):.4f} ({why})",
             hint="give rows of the task itself; or the adapters are untrained (B is zero)",
         )

@@ -17,16 +17,15 @@ import torch
 
 from lorahub_registry.compose.forms import Form
 from lorahub_registry.evaluate.nll import keeps_logits, score, token_losses
-from lorahub_registry.evaluate.tokens import IGNORED, Batch, repeated
+from lorahub_registry.evaluate.tokens import IGNORED, Batch, repeated, tokens_that_fit
 from lorahub_registry.runtime.apply import Applied
 from lorahub_registry.runtime.operator import Beside, Operator, RowsMerged, adaptable
 
 Kind = Literal["token_mean", "published"]
 Coefficients = tuple[float, ...]
 # Tokens that fill a device. On a CPU the operator wins over composing in place only below this
-# (measured); a GPU is still idle with some thousand.
+# (measured); a GPU takes as many as fit.
 _FULL = {"cpu": 512}
-_FULL_ELSEWHERE = 16384
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,7 @@ class Measure:
     Args:
         model: the base; its weights are as before afterwards.
         batches: the rows, on the model's device.
+        population: how many candidates a search proposes at a time.
         slopes: with every loss its gradient, by one backward pass through the operator; the base
             itself stays frozen.
 
@@ -62,7 +62,13 @@ class Measure:
     """
 
     def __init__(
-        self, model: Any, form: Form, batches: Sequence[Batch], *, slopes: bool = False
+        self,
+        model: Any,
+        form: Form,
+        batches: Sequence[Batch],
+        *,
+        slopes: bool = False,
+        population: int = 1,
     ) -> None:
         self._model, self._form, self._batches = model, form, batches
         self._device = batches[0].labels.device
@@ -70,17 +76,21 @@ class Measure:
         self._tokens = sum(int((b.labels != IGNORED).sum()) for b in batches)
         self._wide: dict[int, list[Batch]] = {}
         exact = _float32(model, form)
-        self.copies = 1 if slopes or form.stacks is None else self._fitting(exact)
+        wide = not slopes and form.stacks is not None
+        self.copies = min(population, self._fitting(exact)) if wide else 1
         alone = form.stacks is None or (exact and self.copies == 1)
         self.how = "gradient" if slopes else "operator" if not alone else _alone(exact)
         self._on: Any = None
 
     def _fitting(self, exact: bool) -> int:
         place = self._device.type
-        full = _FULL.get(place, _FULL_ELSEWHERE)
+        full = _FULL.get(place) or tokens_that_fit(
+            place, getattr(self._model.config, "vocab_size", 0)
+        )
         if place == "cpu" and not exact:
             full *= 4  # there is no better way on these weights
-        largest = max(next(iter(b.inputs.values())).numel() for b in self._batches)
+        # Of an encoder–decoder, whichever side is longer.
+        largest = max(t.numel() for b in self._batches for t in (*b.inputs.values(), b.labels))
         return max(1, full // largest)
 
     def __enter__(self) -> Measure:

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 from lorahub_registry.adapters.compat import Member
 from lorahub_registry.compose.forms import make_form
-from lorahub_registry.compose.journal import Journal
+from lorahub_registry.compose.journal import Journal, rows_digest
 from lorahub_registry.compose.objective import Coefficients, Loss, Measure
 from lorahub_registry.errors import NotApplied
 from lorahub_registry.evaluate.base import LoadedBase
 from lorahub_registry.evaluate.nll import score
-from lorahub_registry.evaluate.tokens import Batch
+from lorahub_registry.evaluate.tokens import Batch, Encoded
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.runtime.apply import applied
 from lorahub_registry.weights.files import load_deltas
@@ -44,7 +44,7 @@ class Screened:
 def screen(
     base: LoadedBase,
     members: Sequence[Member],
-    batches: Sequence[Batch],
+    rows: Sequence[Encoded],
     keep: int,
     *,
     journal: Journal,
@@ -58,11 +58,11 @@ def screen(
     Raises:
         NotApplied: no adapter alone gives a finite loss.
     """
-    single = []
+    single, batches, known = [], base.batches(rows), rows_digest(rows)
     with progress.task("Screening, one by one", len(members), "adapter") as task:
         for member in members:
             task.describe(member.name)
-            single.append(_alone(base, member, batches, journal))
+            single.append(_alone(base, member, batches, journal, known))
             task.advance()
     order = [i for i in sorted(range(len(members)), key=single.__getitem__)
              if math.isfinite(single[i])]  # fmt: skip
@@ -73,7 +73,7 @@ def screen(
         )
     short = order[: max(2 * keep, keep + 4)]
     joint = _greedy(base, [members[i] for i in short], single[short[0]], batches, keep, journal,
-                    progress)  # fmt: skip
+                    known, progress)  # fmt: skip
     kept = [short[0], *(short[j] for j, _ in joint)]
     kept += [i for i in short if i not in kept][: keep - len(kept)]
     return Screened(
@@ -83,13 +83,15 @@ def screen(
     )
 
 
-def _alone(base: LoadedBase, member: Member, batches: Sequence[Batch], journal: Journal) -> float:
+def _alone(
+    base: LoadedBase, member: Member, batches: Sequence[Batch], journal: Journal, known: str
+) -> float:
     def measured(candidates: Sequence[Coefficients]) -> Iterator[Loss]:
         if candidates:
             with applied(base.model, load_deltas(member.folder, member.facts)):
                 yield Loss(score(base.model, batches).mean)
 
-    [loss] = journal.through(f"alone {member.name}", measured)([(1.0,)])
+    [loss] = journal.through(f"alone {member.name} {known}", measured)([(1.0,)])
     return loss.nll if math.isfinite(loss.nll) else math.inf
 
 
@@ -100,6 +102,7 @@ def _greedy(
     batches: Sequence[Batch],
     keep: int,
     journal: Journal,
+    known: str,
     progress: Progress,
 ) -> list[tuple[int, float]]:
     """(member, NLL) one after the other; the first of ``members``, whose NLL is given, is in."""
@@ -107,11 +110,11 @@ def _greedy(
     coefficients: Coefficients = (1.0, *[0.0] * (len(members) - 1))
     form = make_form([(m.folder, m.facts) for m in members], device=base.device)
     with (
-        Measure(base.model, form, batches) as measure,
+        Measure(base.model, form, batches, population=2 * len(members)) as measure,
         progress.task("Screening, together", keep - 1, "adapter") as task,
     ):
-        losses = journal.through("together", measure, measure.copies)
-        while len(taken) + 1 < keep:
+        losses = journal.through(f"together {known}", measure, measure.copies)
+        while len(taken) + 1 < min(keep, len(members)):
             tried = [
                 (j, (*coefficients[:j], strength, *coefficients[j + 1 :]))
                 for j, c in enumerate(coefficients)

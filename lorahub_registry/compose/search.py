@@ -39,14 +39,10 @@ def ask_and_tell(
         RecipeError: the optimizer fails: it lacks a package, or takes no such size or budget.
     """
     import nevergrad as ng  # takes half a second
-    from nevergrad.optimization import metamodel
 
-    # nevergrad 1.0.12 makes floats of arrays that hold one, which numpy 2.4 refuses: NGOpt itself
-    # takes this way where it proposes several candidates.
-    metamodel.float = _one
     # COBYLA's thread may talk when all is over.
     warnings.filterwarnings("ignore", module=r"scipy\._lib\.pyprima")
-    with warnings.catch_warnings(), _seeded(seed):
+    with warnings.catch_warnings(), _seeded(seed), _floats():
         space = ng.p.Array(
             init=[method.init] * size, lower=[-method.bounds] * size, upper=[method.bounds] * size
         )
@@ -74,6 +70,22 @@ def ask_and_tell(
 
 def _one(number: Any) -> float:
     return float(np.asarray(number).item())
+
+
+@contextmanager
+def _floats() -> Iterator[None]:
+    """Let nevergrad make floats of arrays that hold one number.
+
+    1.0.12 does so in its metamodels, which NGOpt takes for several candidates at a time; numpy
+    2.4 refuses it.
+    """
+    from nevergrad.optimization import metamodel
+
+    metamodel.float = _one
+    try:
+        yield
+    finally:
+        del metamodel.float
 
 
 @contextmanager

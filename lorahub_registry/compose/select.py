@@ -53,7 +53,8 @@ def _hidden(base: LoadedBase, rows: Sequence[Encoded], progress: Progress) -> to
     ):
         for batch in batches:
             mask = batch.inputs["attention_mask"]
-            states = inner(input_ids=batch.inputs["input_ids"], attention_mask=mask)
+            more = {} if base.seq2seq else {"use_cache": False}
+            states = inner(input_ids=batch.inputs["input_ids"], attention_mask=mask, **more)
             share = mask / mask.sum(1, keepdim=True)
             means = (states.last_hidden_state.float() * share[..., None]).sum(1).cpu().double()
             if points is None:

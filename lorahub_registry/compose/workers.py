@@ -13,8 +13,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -59,6 +58,7 @@ class Spec:
     per: str
     layer_groups: int
     slopes: bool
+    population: int
     rows: tuple[tuple[list[int], list[int]], ...]
 
     def write(self, folder: Path, name: str) -> Path:
@@ -111,7 +111,7 @@ class Workers:
                             futures[i] = self._running().submit(measure, spec, whole)
                     yield futures[wanted].result()
                     break
-                except BrokenProcessPool:
+                except BrokenExecutor:
                     # Whoever was at work is lost with its candidate; it is measured again.
                     self._stop()
                     futures = {i: f for i, f in futures.items() if _finished(f)}
@@ -234,6 +234,10 @@ def _load(path: str) -> None:
         adapters, form=spec["form"], per=spec["per"], layer_groups=spec["layer_groups"],
         device=base.device,
     )  # fmt: skip
-    rows = base.batches([Encoded(prompt, output) for prompt, output in spec["rows"]])
-    _held.measure = Measure(base.model, form, rows, slopes=spec["slopes"]).__enter__()
+    rows = base.batches(
+        [Encoded(prompt, output) for prompt, output in spec["rows"]], gradients=spec["slopes"]
+    )
+    _held.measure = Measure(
+        base.model, form, rows, slopes=spec["slopes"], population=spec["population"]
+    ).__enter__()
     _held.spec = path

@@ -14,7 +14,7 @@ from torch import nn
 
 from lorahub_registry.errors import BaseModelError
 from lorahub_registry.evaluate.quiet import without_bars
-from lorahub_registry.evaluate.tokens import Batch, Encoded, batches
+from lorahub_registry.evaluate.tokens import Batch, Encoded, batches, tokens_that_fit
 from lorahub_registry.runtime.operator import is_adaptable
 from lorahub_registry.weights.files import DTYPES
 
@@ -58,14 +58,21 @@ class LoadedBase:
         """The modules that a LoRA may sit on, by dotted name: linear ones and embeddings."""
         return {name: m for name, m in self.model.named_modules() if is_adaptable(m)}
 
-    def batches(self, rows: Sequence[Encoded]) -> list[Batch]:
-        """``rows`` in batches of like length, on the model's device."""
+    def batches(self, rows: Sequence[Encoded], *, gradients: bool = False) -> list[Batch]:
+        """``rows`` in batches of like length, on the model's device.
+
+        Args:
+            gradients: for backward passes, which keep what every layer gave: smaller ones.
+        """
+        device, vocabulary = self.device, len(self.tokenizer)
+        fitting = tokens_that_fit(device.type, vocabulary)
         return batches(
             rows,
             pad=self.tokenizer.pad_token_id or 0,
             seq2seq=self.seq2seq,
-            device=self.device,
-            vocabulary=len(self.tokenizer),
+            device=device,
+            vocabulary=vocabulary,
+            tokens=min(fitting, 2048) if gradients else fitting,
         )
 
 

@@ -131,12 +131,9 @@ def batches(
 ) -> list[Batch]:
     """Rows sorted by length and padded to at most about ``tokens`` tokens a batch.
 
-    By default 2,048 on a CPU, where larger ones leave its caches, and 16,384 elsewhere.
+    By default as many as :func:`tokens_that_fit`.
     """
-    if vocabulary and not tokens and torch.device(device).type != "cpu":
-        # Logits in half and full precision and their softmax: ten bytes each, 4 GB in all.
-        tokens = min(16384, max(256, (4 << 30) // (10 * vocabulary)))
-    tokens = tokens or (2048 if torch.device(device).type == "cpu" else 16384)
+    tokens = tokens or tokens_that_fit(torch.device(device).type, vocabulary)
     order = sorted(range(len(rows)), key=lambda i: (_length(rows[i]), i))
     groups: list[list[int]] = []
     for i in order:
@@ -146,6 +143,17 @@ def batches(
             groups.append([i])
     make = _seq2seq_batch if seq2seq else _causal_batch
     return [make([rows[i] for i in group], group, pad, device) for group in groups]
+
+
+def tokens_that_fit(device: str, vocabulary: int = 0) -> int:
+    """How many tokens one forward takes: 2,048 on a CPU, where more leave its caches.
+
+    Elsewhere 16,384, or fewer where their logits would take more than 4 GB: in half and full
+    precision and with their softmax, ten bytes each.
+    """
+    if device == "cpu":
+        return 2048
+    return min(16384, max(256, (4 << 30) // (10 * vocabulary))) if vocabulary else 16384
 
 
 def repeated(batch: Batch, copies: int) -> Batch:

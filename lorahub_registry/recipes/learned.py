@@ -75,7 +75,8 @@ class Searched(MethodBase):
     patience: Int | None = Field(
         default=None,
         ge=1,
-        description="Stop when so many candidates in a row were no better than `tolerance`.",
+        description="Stop when so many candidates in a row were better by no more than "
+        "`tolerance`.",
     )
     tolerance: Float = Field(
         default=1e-3, ge=0, description="The least gain in the objective that `patience` counts."

@@ -58,7 +58,8 @@ def truncate(delta: LowRank, *, rank: int | None = None, energy: float | None = 
     m, n = delta.shape
     if min(m, n) > SMALL and 2 * delta.rank * (m + n) > m * n:
         # Factors as large as the matrix: their QR would cost more than the matrix itself.
-        cut = truncate_dense(delta.b.float() @ delta.a.float(), rank=rank, energy=energy)
+        # In float64, too: what terms that cancel leave may be small beside them.
+        cut = truncate_dense(delta.b.double() @ delta.a.double(), rank=rank, energy=energy)
         made = LowRank(cut.delta.a.to(delta.dtype), cut.delta.b.to(delta.dtype), delta.kind)
         return Truncated(made, cut.energy, cut.lost)
     q_b, core, q_a = delta.core()
@@ -92,7 +93,8 @@ def truncate_dense(
     """
     total = float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
     directions = None
-    if total > 0 and min(matrix.shape) > SMALL:
+    # Ritz values are rounded: next to a whole, only all directions tell what is left.
+    if total > 0 and min(matrix.shape) > SMALL and (energy is None or energy < 1 - 1e-6):
         directions = _leading(matrix, total, rank, energy, seed)
     if directions is None:
         directions = _all(matrix, total, rank, energy)

@@ -14,6 +14,7 @@ from lorahub_registry.adapters.facts import read_facts
 from lorahub_registry.compose.encoder import Rows
 from lorahub_registry.compose.fit import Fitted, Means, fit
 from lorahub_registry.compose.forms import DeltaForm, Layout
+from lorahub_registry.compose.journal import Journal
 from lorahub_registry.compose.learn import learn
 from lorahub_registry.compose.objective import Measure
 from lorahub_registry.compose.results import results
@@ -282,6 +283,35 @@ def test_candidates_without_a_finite_loss_are_counted_in_the_results(
         fit(wanted, members, base, encoded(base, 4))
 
 
+def test_candidates_that_shared_a_forward_share_it_again_in_a_resumed_run(
+    tiny_llama: tiny.Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = {"budget": 12, "optimizer": "CMA", "num_workers": 6, "l1": 0.0}
+    path, asked = tmp_path / "run.jsonl", list[list[Any]]()
+    through = Measure.__call__
+
+    def watched(self: Measure, candidates: Any) -> Any:
+        asked.append(list(candidates))
+        return through(self, candidates)
+
+    monkeypatch.setattr(Measure, "__call__", watched)
+    journal = Journal(path)
+    unbroken = fitted(tiny_llama, method, 4, means=Means(journal))
+    journal.close()
+    copies = unbroken.how["copies"]
+    assert 1 < copies <= 6
+    lines = path.read_text().splitlines(keepends=True)
+    # Killed after the first of those that shared a forward, in the second round.
+    path.write_text("".join(lines[: 6 + 1]))
+    first, asked[:] = asked[:], []
+    journal = Journal(path)
+    resumed = fitted(tiny_llama, method, 4, means=Means(journal))
+    journal.forget()
+    assert resumed.learned == unbroken.learned
+    assert [len(part) for part in asked] == [0, 6]
+    assert asked[1] == first[1]
+
+
 def test_it_leaves_the_base_as_it_was(tiny_llama: tiny.Tiny) -> None:
     base = tiny_llama.base()
     before = {n: t.clone() for n, t in base.model.state_dict().items()}
@@ -299,3 +329,72 @@ def test_embeddings_are_learned_and_written_too(tiny_llama: tiny.Tiny, tmp_path:
     assert found["model.embed_tokens"].kind == "embedding"
     assert made.proof is not None
     assert made.proof.table[-1].nll == pytest.approx(made.proof.exact_nll, rel=1e-5)
+
+
+def test_other_tokens_of_the_same_rows_are_other_rows_to_the_journal(
+    tiny_llama: tiny.Tiny, tmp_path: Path
+) -> None:
+    base, members = tiny_llama.base(), [member(tiny_llama.adapter(k)) for k in KINDS]
+    wanted = recipe({"type": "learn", "budget": 5, "init": 0.5}, [f"./{k}" for k in KINDS])
+    rows = encoded(base, 4)
+    turned = [Encoded(row.prompt[::-1], row.output) for row in rows]
+    fresh = fit(wanted, members, base, turned).learned
+    path = tmp_path / "journal.jsonl"
+    for taken in (rows, turned):
+        journal = Journal(path)
+        found = fit(wanted, members, base, taken, means=Means(journal)).learned
+        journal.close()
+    assert journal.used == 0
+    assert found == fresh
+
+
+def test_a_repetition_that_fails_leaves_the_mixture(
+    tiny_llama: tiny.Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorahub_registry.compose import spread
+
+    def failing(*_: Any, seed: int, **more: Any) -> Any:
+        if seed == 1:
+            raise DataError("these rows tell nothing")
+        return learn(*_, seed=seed, **more)
+
+    monkeypatch.setattr(spread, "learn", failing)
+    base, members = tiny_llama.base(), [member(tiny_llama.adapter(k)) for k in KINDS]
+    method = {"type": "learn", "budget": 5, "init": 0.5, "optimizer": "RandomSearch", "seeds": 3}
+    wanted = recipe(method, [f"./{k}" for k in KINDS])
+    found = fit(wanted, members, base, encoded(base, 4))
+    assert found.spread is not None
+    assert [("failed" in run) for run in found.spread["runs"]] == [False, True, False]
+    assert found.spread["coefficients"][0]["mean"] == pytest.approx(
+        statistics.fmean(found.spread["runs"][i]["coefficients"][0] for i in (0, 2))
+    )
+
+
+def test_screening_has_seen_all_rows_so_no_fold_counts_as_left_out(tiny_llama: tiny.Tiny) -> None:
+    base = tiny_llama.base()
+    members = [member(tiny_llama.adapter(k)) for k in ("plain", "wide", "same")]
+    method = {"type": "learn", "budget": 4, "init": 0.5, "folds": 2, "screen": {"keep": 2}}
+    wanted = recipe(method, ["./plain", "./wide", "./same"])
+    found = fit(wanted, members, base, encoded(base, 6), encoded(base, 3))
+    assert found.spread is not None
+    assert "fold_nll" not in found.spread
+    assert "test_nll" in found.spread
+
+
+def test_too_few_adapters_with_a_loss_are_all_kept(tiny_llama: tiny.Tiny, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    base, places = tiny_llama.base(), [tiny_llama.adapter("plain"), tiny_llama.adapter("same")]
+    for n in range(4):
+        folder = shutil.copytree(places[0], tmp_path / f"loud-{n}")
+        tensors = load_file(folder / "adapter_model.safetensors")
+        save_file(
+            {k: t * 1e25 for k, t in tensors.items()}, folder / "adapter_model.safetensors"
+        )  # fmt: skip
+        places.append(folder)
+    members = [member(place) for place in places]
+    method = {"type": "learn", "budget": 4, "init": 0.1, "screen": {"keep": 4}}
+    found = fit(recipe(method, [f"./{p.name}" for p in places]), members, base, encoded(base, 6))
+    assert {m.name for m in found.members} == {"plain", "same"}

@@ -266,8 +266,15 @@ def test_rows_that_tell_no_adapters_apart_are_the_datas_fault(tiny_llama: tiny.T
     untrained = {n: LowRank(d.a, d.b * 0) for n, d in deltas(tiny_llama, "plain").items()}
     with pytest.raises(DataError, match="the rows cannot tell the adapters apart") as error:
         searched(tiny_llama, Learn(budget=4), form=DeltaForm([untrained]))
-    assert "each of 4 candidates has the same NLL" in str(error.value)
+    assert "the NLL is the same for all coefficients" in str(error.value)
+    assert "each of 4 candidates" in str(error.value)
     assert "untrained (B is zero)" in str(error.value.hint)
+
+
+def test_a_gradient_of_zero_tells_no_adapters_apart_either(tiny_llama: tiny.Tiny) -> None:
+    untrained = {n: LowRank(d.a, d.b * 0) for n, d in deltas(tiny_llama, "plain").items()}
+    with pytest.raises(DataError, match="the gradient is zero"):
+        searched(tiny_llama, Learn(optimizer="gradient"), form=DeltaForm([untrained]))
 
 
 def test_one_candidate_is_not_enough_to_blame_the_rows() -> None:

@@ -14,7 +14,7 @@ from lorahub_registry.compose import objective
 from lorahub_registry.compose.forms import DeltaForm, FactorForm, Form, Layout
 from lorahub_registry.compose.objective import Coefficients, Measure
 from lorahub_registry.evaluate.nll import score
-from lorahub_registry.evaluate.tokens import TokenRule, batches, encode
+from lorahub_registry.evaluate.tokens import Encoded, TokenRule, batches, encode
 from lorahub_registry.runtime.apply import applied
 from lorahub_registry.weights.lowrank import LowRank
 from tests import tiny
@@ -66,7 +66,7 @@ def test_three_ways_give_one_loss_and_leave_the_base_alone(
     alone = nlls(base, form, given, "in place")
     slopes = nlls(base, form, given, "gradient", slopes=True)
     monkeypatch.setattr(objective, "_FULL", {"cpu": 2 * 100})
-    together = nlls(base, form, given, "operator")
+    together = nlls(base, form, given, "operator", population=8)
     for c, *found in zip(POINTS, alone, slopes, together, strict=True):
         with applied(base.model, form.at(c)):
             assert found == pytest.approx([score(base.model, given).mean] * 3, rel=2e-6)
@@ -81,13 +81,25 @@ def test_any_number_side_by_side_gives_the_same(
     form, given = case(tiny_llama), rows(base)
     largest = max(b.inputs["input_ids"].numel() for b in given)
     monkeypatch.setattr(objective, "_FULL", {"cpu": -(-copies * largest // 4)})
-    with Measure(base.model, form, given) as measure:
+    with Measure(base.model, form, given, population=8) as measure:
         assert (measure.how, measure.copies) == ("operator", copies)
         found = [loss.nll for loss in measure(POINTS)]
     for c, nll in zip(POINTS, found, strict=True):
         with applied(base.model, form.at(c)):
             # What bfloat16 rounds depends on how the products are cut up.
             assert nll == pytest.approx(score(base.model, given).mean, rel=2e-3)
+
+
+def test_a_search_that_proposes_one_at_a_time_composes_in_place(tiny_llama: tiny.Tiny) -> None:
+    base = tiny_llama.base()
+    measure = Measure(base.model, case(tiny_llama), rows(base))
+    assert (measure.how, measure.copies) == ("in place", 1)
+
+
+def test_long_answers_count_as_long_prompts_do(tiny_t5: tiny.Tiny) -> None:
+    base = tiny_t5.base()
+    few = batches([Encoded([5] * 3, [6] * 200)], pad=0, seq2seq=True, device="cpu")
+    assert Measure(base.model, case(tiny_t5), few, population=64).copies == 2
 
 
 def test_half_precision_is_never_composed_in_place(
@@ -190,7 +202,7 @@ def test_a_base_that_flattens_its_rows_is_measured_one_by_one(tmp_path: Path) ->
             for _ in range(2)
         ]
     )
-    with Measure(base.model, form, given) as measure:
+    with Measure(base.model, form, given, population=8) as measure:
         assert measure.how == "operator"
         assert measure.copies > 1
         found = [loss.nll for loss in measure(POINTS)]

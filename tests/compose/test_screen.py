@@ -23,7 +23,7 @@ from lorahub_registry.errors import NotApplied
 from lorahub_registry.evaluate.base import load_base
 from lorahub_registry.evaluate.generation import generate
 from lorahub_registry.evaluate.nll import score
-from lorahub_registry.evaluate.tokens import Batch, Encoded, TokenRule, batches, encode
+from lorahub_registry.evaluate.tokens import Encoded, TokenRule, encode
 from lorahub_registry.recipes.model import Split
 from lorahub_registry.recipes.rows import Row, read_rows
 from lorahub_registry.runtime.apply import applied
@@ -52,13 +52,12 @@ def noise(like: Deltas, seed: int, strength: float) -> dict[str, LowRank]:
     }
 
 
-def said_with(base: Any, mixture: Deltas, count: int = 6) -> list[Batch]:
+def said_with(base: Any, mixture: Deltas, count: int = 6) -> list[Encoded]:
     """Rows whose answers are what the base says with ``mixture`` on it."""
     prompts = [base.tokenizer(prompt)["input_ids"] for prompt, _ in tiny.rows(count)]
     with applied(base.model, mixture):
         said = generate(base.model, base.tokenizer, prompts, max_new_tokens=6, seq2seq=False)
-    rows = [Encoded(p, o or [5]) for p, o in zip(prompts, said, strict=True)]
-    return batches(rows, pad=0, seq2seq=False, device="cpu")
+    return [Encoded(p, o or [5]) for p, o in zip(prompts, said, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -102,14 +101,14 @@ def test_what_it_says_of_each_is_that_adapters_loss(
     parts = {m.name: load_deltas(m.folder, m.facts) for m in twelve[0]}
     for name, nll in found.alone.items():
         with applied(base.model, parts[name]):
-            assert nll == pytest.approx(score(base.model, given).mean, rel=1e-6)
+            assert nll == pytest.approx(score(base.model, base.batches(given)).mean, rel=1e-6)
     best = min(found.alone, key=found.alone.__getitem__)
     # What was added to the best, and how strongly, explains each value.
     [(second, nll), *_] = found.together.items()
     tried = []
     for strength in (1.0, 0.5):
         with applied(base.model, weighted_sum([parts[best], parts[second]], [1.0, strength])):
-            tried.append(score(base.model, given).mean)
+            tried.append(score(base.model, base.batches(given)).mean)
     assert nll == pytest.approx(min(tried), rel=1e-5)
     assert list(found.together.values()) == sorted(found.together.values(), reverse=True)
 
@@ -261,7 +260,7 @@ def test_of_four_real_adapters_the_two_of_the_task_stay(data: Path) -> None:
     split = Split(path=str(data / "tasks/stories/zog_arr/train.jsonl"), limit=24)
     pairs = [(f"{row.input} ", row.output) for row in read_rows(split, seed=0)]
     rows: Sequence[Encoded] = encode(base.tokenizer, pairs, TokenRule(), seq2seq=False)
-    found = screen(base, members, base.batches(rows), 2, journal=Journal())
+    found = screen(base, members, rows, 2, journal=Journal())
     assert [m.name for m in found.kept] == ["zog", "arr"]
     assert min(found.alone, key=found.alone.__getitem__) == "arr"
     assert found.together["zog"] < found.alone["arr"]

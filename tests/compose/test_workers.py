@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from lorahub_registry.compose import workers
 from lorahub_registry.compose.bench import Means
 from lorahub_registry.compose.fit import Fitted, fit
 from lorahub_registry.compose.journal import Journal
@@ -93,6 +94,7 @@ def test_another_executor_does_as_well(tiny_llama: tiny.Tiny, gradient: bool) ->
     )
     assert there.learned == here.learned
     assert there.spread == here.spread
+    assert workers._held.base is None, "each thread holds a base of its own, and this one none"
 
 
 class Once(ThreadPoolExecutor):
@@ -121,8 +123,8 @@ def doomed(jobs: int) -> Executor:
 
 
 def test_workers_that_always_die_are_an_error_and_no_hang(tmp_path: Path) -> None:
-    with Workers(2, doomed) as workers:
-        losses = workers.losses(tmp_path / "spec.json")
+    with Workers(2, doomed) as pool:
+        losses = pool.losses(tmp_path / "spec.json")
         with pytest.raises(LoraregError, match="killed 3 times over the same candidates") as error:
             list(losses([(1.0,), (2.0,), (3.0,)]))
     assert "fewer --jobs" in str(error.value.hint)
@@ -143,12 +145,13 @@ def test_what_goes_wrong_in_a_worker_is_told_as_here(tiny_llama: tiny.Tiny, tmp_
     save_file(spoiled, weights, metadata={"format": "pt"})
     spec = Spec(
         base=str(tiny_llama.folder), name="tiny", device="cpu", dtype="auto",
-        adapters=(str(folder),), form="delta", per="model", layer_groups=1, slopes=False,
+        adapters=(str(folder),), form="delta", per="model", layer_groups=1, slopes=False, population=1,
+        population=1,
         rows=(([1, 5], [6, 7]),),
     ).write(tmp_path, "search")  # fmt: skip
-    with Workers(2, ThreadPoolExecutor) as workers:
+    with Workers(2, ThreadPoolExecutor) as pool:
         with pytest.raises(BrokenAdapter, match="holds NaN or infinity") as error:
-            list(workers.losses(spec)([(1.0,)]))
+            list(pool.losses(spec)([(1.0,)]))
         assert "leave this adapter out" in str(error.value.hint)
 
 

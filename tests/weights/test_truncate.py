@@ -221,3 +221,23 @@ def test_singular_values_of_a_truncated_sum_hold_to_a_hundred_thousandth() -> No
     found = truncate(mixed, rank=16).delta
     sizes = found.b.double().norm(dim=0) * found.a.double().norm(dim=1)
     assert float((sizes - expected).abs().max()) <= 1e-5 * float(expected[0])
+
+
+def test_the_whole_energy_is_the_whole_matrix_however_fast_it_falls() -> None:
+    made = torch.Generator().manual_seed(2)
+    left = torch.linalg.qr(torch.randn(700, 16, generator=made))[0]
+    right = torch.linalg.qr(torch.randn(640, 16, generator=made))[0]
+    matrix = (left * 0.5 ** torch.arange(16)) @ right.T
+    cut = truncate_dense(matrix, energy=1.0)
+    assert float((cut.delta.dense() - matrix).norm() / matrix.norm()) < 1e-6
+
+
+def test_terms_that_cancel_keep_what_is_left_where_factors_are_as_large_as_the_matrix() -> None:
+    made = torch.Generator().manual_seed(4)
+    a, b = torch.randn(200, 600, generator=made), torch.randn(600, 200, generator=made)
+    small_a, small_b = torch.randn(4, 600, generator=made), torch.randn(600, 4, generator=made)
+    whole = LowRank(torch.cat([a, a, small_a * 1e-3]), torch.cat([b, -b, small_b * 1e-3], 1))
+    wanted = (small_b.double() * 1e-3) @ (small_a.double() * 1e-3)
+    found = truncate(whole, rank=4).delta
+    gap = found.b.double() @ found.a.double() - wanted
+    assert float(gap.norm() / wanted.norm()) < 1e-4
