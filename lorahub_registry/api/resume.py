@@ -58,7 +58,9 @@ def means_of(
         raise
     except KeyboardInterrupt:
         if path.exists():
-            progress.say("evaluations so far are kept: the same command goes on from there")
+            progress.say(
+                f"{journal.known} evaluations are kept: the same command goes on from there"
+            )
         raise
     finally:
         journal.close()

@@ -156,18 +156,28 @@ def proof_page(results: dict[str, Any]) -> str:
 
 
 def _coefficients(results: dict[str, Any]) -> list[str]:
-    """One line an adapter, with the spread where it is the whole coefficient's."""
+    """One line an adapter, with what the repeated searches found where there are any."""
     sets, spread = results.get("coefficients"), results.get("spread")
-    lines = []
+    lines, wide = [], max(len(m["name"]) for m in results["members"])
     for i, m in enumerate(results["members"]):
-        text = f"{m['coefficient']:+.4f}"
+        text = f"{m['coefficient']:+.4f}  {clean(m['name']):<{wide}}"
         if spread and not sets and spread["coefficients"]:
-            std = spread["coefficients"][i]["std"]
-            text += f" ± {std:.4f}" if std is not None else ""
-        lines.append(f"{text}  {clean(m['name'])}")
+            text += f"  ({_around(spread['coefficients'][i], '+')})"
+        lines.append(text.rstrip())
     if sets:
         lines.append(f"(means of {len(sets)} sets; results.json has each)")
+    if spread:
+        runs, failed = spread["runs"], sum("failed" in run for run in spread["runs"])
+        text = f"in brackets: {len(runs)} {spread['by']}, mean ± standard deviation"
+        if "test_nll" in spread:
+            text += f"; NLL on the held-out rows {_around(spread['test_nll'])}"
+        lines += ["", text + (f"; {failed} failed" if failed else "")]
     return lines
+
+
+def _around(spread: dict[str, float | None], sign: str = "") -> str:
+    mean, std = spread["mean"], spread["std"]
+    return f"{mean:{sign}.4f} ± {std:.4f}" if mean is not None and std is not None else "–"
 
 
 def _plan_page(facts: dict[str, Any]) -> str:

@@ -59,8 +59,12 @@ class Fitted:
         """What a reader of the result has to know, and nobody was told yet."""
         found = []
         if self.screened:
-            asked = len(self.screened.alone)
-            found.append(f"{asked - len(self.members)} of {asked} adapters were screened out")
+            kept = {m.name for m in self.members}
+            out = [name for name in self.screened.alone if name not in kept]
+            some = ", ".join(out[:5]) + (", …" if len(out) > 5 else "")
+            found.append(
+                f"{len(out)} of {len(self.screened.alone)} adapters were screened out: {some}"
+            )
         if self.learned.skipped:
             tried = len(self.learned.evaluations)
             found.append(f"{self.learned.skipped} of {tried} candidates had no finite loss")

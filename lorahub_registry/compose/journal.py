@@ -51,6 +51,11 @@ class Journal:
             self._read(path)
         self.found, self.used = len(self._known), 0
 
+    @property
+    def known(self) -> int:
+        """How many evaluations it holds by now."""
+        return len(self._known)
+
     def put(self, scope: str, coefficients: Coefficients, loss: Loss) -> None:
         """Keep ``loss``; it survives a kill of this process from here on."""
         key = scope, coefficients

@@ -235,8 +235,8 @@ def test_a_mixture_of_the_screened_tells_all_and_holds_the_kept(
     kept = [m["name"] for m in found["members"]]
     assert len(kept) == 3
     assert set(found["screened"]["together"]) < set(kept)
-    assert "9 of 12 adapters were screened out" in found["notes"]
-    assert "9 of 12 adapters were screened out" in warned
+    [note] = [n for n in found["notes"] if n.startswith("9 of 12 adapters were screened out: ")]
+    assert note in warned
     assert [row["name"] for row in found["test"]] == [
         "base", *kept, "uniform average", "mixture",
     ]  # fmt: skip

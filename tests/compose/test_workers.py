@@ -145,7 +145,7 @@ def test_what_goes_wrong_in_a_worker_is_told_as_here(tiny_llama: tiny.Tiny, tmp_
     save_file(spoiled, weights, metadata={"format": "pt"})
     spec = Spec(
         base=str(tiny_llama.folder), name="tiny", device="cpu", dtype="auto",
-        adapters=(str(folder),), form="delta", per="model", layer_groups=1, slopes=False, population=1,
+        adapters=(str(folder),), form="delta", per="model", layer_groups=1, slopes=False,
         population=1,
         rows=(([1, 5], [6, 7]),),
     ).write(tmp_path, "search")  # fmt: skip
