@@ -35,6 +35,7 @@ class Fitted:
     Attributes:
         members: those that are in it, in the recipe's order.
         sets: what each set of coefficients is for; one empty name where there is one set.
+        pairs: (set, member) of each coefficient, by number.
         mixture: the sum, on the CPU.
         how: in which way candidates were measured, and how many shared a forward.
         spread: see :func:`.spread.spread_of`; None where the recipe asks for none.
@@ -44,6 +45,7 @@ class Fitted:
     members: tuple[Member, ...]
     learned: Learned
     sets: tuple[str, ...]
+    pairs: tuple[tuple[int, int], ...]
     mixture: Deltas
     how: dict[str, Any]
     screened: Screened | None = None
@@ -51,9 +53,12 @@ class Fitted:
     warned: tuple[str, ...] = ()
 
     def mean(self) -> dict[str, float]:
-        """Member → its coefficient, the mean over the sets."""
+        """Member → its coefficient, the mean over the sets that it has one in."""
         sets = self.by_set().values()
-        return {m.name: statistics.fmean(each[m.name] for each in sets) for m in self.members}
+        return {
+            m.name: statistics.fmean(each[m.name] for each in sets if m.name in each)
+            for m in self.members
+        }
 
     def notes(self) -> list[str]:
         """What a reader of the result has to know, and nobody was told yet."""
@@ -71,12 +76,11 @@ class Fitted:
         return found
 
     def by_set(self) -> dict[str, dict[str, float]]:
-        """Set → member → coefficient."""
-        k, c = len(self.members), self.learned.coefficients
-        return {
-            name: {m.name: c[g * k + i] for i, m in enumerate(self.members)}
-            for g, name in enumerate(self.sets)
-        }
+        """Set → member → coefficient; of the members that have one of its modules."""
+        found: dict[str, dict[str, float]] = {name: {} for name in self.sets}
+        for (g, i), c in zip(self.pairs, self.learned.coefficients, strict=True):
+            found[self.sets[g]][self.members[i].name] = c
+        return found
 
 
 def fit(
@@ -131,7 +135,15 @@ def fit(
             )  # fmt: skip
         mixture = bench.mixture(learned.coefficients)
     return Fitted(
-        tuple(members), learned, bench.form.sets, mixture, bench.how, screened, spread, warned
+        tuple(members),
+        learned,
+        bench.form.sets,
+        bench.form.pairs,
+        mixture,
+        bench.how,
+        screened,
+        spread,
+        warned,
     )
 
 

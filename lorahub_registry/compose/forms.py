@@ -28,13 +28,16 @@ class Form(Protocol):
     """Coefficients in, deltas out.
 
     Attributes:
-        sets: what each set of coefficients is for, one coefficient an adapter in each.
-        size: how many coefficients there are, set after set.
+        sets: what each set of coefficients is for.
+        pairs: (set, adapter) of each coefficient, set after set; only where there is something
+            that it multiplies.
+        size: how many coefficients there are.
         stacks: what the runtime's operator takes for the same function; None where it has none.
     """
 
     modules: tuple[str, ...]
     sets: tuple[str, ...]
+    pairs: tuple[tuple[int, int], ...]
     size: int
     stacks: dict[str, Stack] | None
 
@@ -80,13 +83,19 @@ class DeltaForm:
         embeddings: Collection[str] = (),
     ) -> None:
         layout = layout or Layout({name for parts in adapters for name in parts})
-        self.stacks: dict[str, Stack] | None = stacked(adapters, device=device, group=layout)
+        # A set has no coefficient of an adapter that has none of its modules.
+        here = {(layout(name), i) for i, parts in enumerate(adapters) for name in parts}
+        self.pairs: tuple[tuple[int, int], ...] = tuple(sorted(here))
+        numbers = {pair: n for n, pair in enumerate(self.pairs)}
+        self.stacks: dict[str, Stack] | None = stacked(
+            adapters, device=device, number=lambda name, i: numbers[layout(name), i]
+        )
         parts = [part for deltas in adapters for part in deltas.items()]
         self._embeddings = {n for n, part in parts if getattr(part, "kind", "") == "embedding"}
         self._embeddings |= set(embeddings)
         self.modules = tuple(self.stacks)
         self.sets: tuple[str, ...] = layout.names
-        self.size = len(adapters) * len(self.sets)
+        self.size = len(self.pairs)
         self._device = device
 
     def at(self, coefficients: Coefficients) -> Deltas:
@@ -126,6 +135,7 @@ class FactorForm:
         self.modules = tuple(m.name for m in self._modules)
         self.sets: tuple[str, ...] = ("",)
         self.size = len(adapters)
+        self.pairs: tuple[tuple[int, int], ...] = tuple((0, i) for i in range(self.size))
 
     def at(self, coefficients: Coefficients) -> Deltas:
         """``s (Σ cᵢBᵢ)(Σ cᵢAᵢ)`` in each module, the scaling in B."""

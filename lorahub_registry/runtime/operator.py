@@ -21,8 +21,8 @@ from torch.nn import functional
 from lorahub_registry.errors import IncompatibleAdapters
 from lorahub_registry.weights.lowrank import LowRank
 
-Groups = Callable[[str], int]
-"""Module → which set of coefficients it takes, from 0."""
+Numbers = Callable[[str, int], int]
+"""(module, adapter) → the number of its coefficient."""
 
 Factors = tuple[torch.Tensor, torch.Tensor, float]
 """(A [rank, fan_in], B [fan_out, rank], scaling) of one adapter on one module."""
@@ -51,19 +51,19 @@ def stacked(
     adapters: Sequence[Mapping[str, LowRank | Factors]],
     *,
     device: torch.device | str = "cpu",
-    group: Groups = lambda module: 0,
+    number: Numbers = lambda module, adapter: adapter,
 ) -> dict[str, Stack]:
     """Module → the adapters' stack there, sorted by name.
 
     Args:
         adapters: module → delta of each, or its factors with the scaling apart.
-        group: which set of coefficients a module takes; adapter i of n has number ``i + n·group``.
+        number: which coefficient an adapter has on a module.
     """
     found = {}
     for name in sorted({name for parts in adapters for name in parts}):
         here = [(i, *_factors(parts[name])) for i, parts in enumerate(adapters) if name in parts]
         ranks = torch.tensor([a.shape[0] for _, a, _, _ in here])
-        owner = torch.tensor([i for i, *_ in here]) + len(adapters) * group(name)
+        owner = torch.tensor([number(name, i) for i, *_ in here])
         b = torch.cat([b for _, _, b, _ in here], 1)
         if any(scaling != 1 for *_, scaling in here):
             b *= torch.tensor([scaling for *_, scaling in here]).repeat_interleave(ranks)

@@ -161,10 +161,11 @@ def test_its_gradient_in_the_coefficients_is_that_of_the_dense_formula(
 def test_modules_take_the_coefficients_of_their_set(tiny_llama: tiny.Tiny) -> None:
     adapters = [deltas(tiny_llama, kind) for kind in ("plain", "wide")]
     names = {name for each in adapters for name in each}
-    for per, sets in (("layer_group", 2), ("module", len(names))):
+    # Every adapter is in both halves; "plain" on 4 of the 14 modules.
+    for per, size in (("layer_group", 4), ("module", 14 + 4)):
         layout = Layout(names, per, 2)
         form = DeltaForm(adapters, layout=layout)
-        assert form.size == 2 * sets
+        assert form.size == len(form.pairs) == size
         made = torch.Generator().manual_seed(5)
         c = torch.randn(form.size, generator=made)
         bare = tiny_llama.model()
@@ -177,7 +178,10 @@ def test_modules_take_the_coefficients_of_their_set(tiny_llama: tiny.Tiny) -> No
                 close(logits(bare), found)
             # Each module by hand: its own set's coefficients, adapter after adapter.
             own = [
-                {name: d.scaled(float(c[2 * layout(name) + i])) for name, d in each.items()}
+                {
+                    name: d.scaled(float(c[form.pairs.index((layout(name), i))]))
+                    for name, d in each.items()
+                }
                 for i, each in enumerate(adapters)
             ]
             close(found, summed(tiny_llama, own, [1.0, 1.0]))
