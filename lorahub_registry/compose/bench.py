@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from lorahub_registry.adapters.compat import Member
 from lorahub_registry.compose.forms import Form, make_form
 from lorahub_registry.compose.journal import Journal, rows_digest
 from lorahub_registry.compose.objective import Coefficients, Losses, Measure
-from lorahub_registry.compose.workers import Spec, Workers
+from lorahub_registry.compose.workers import Executor, Spec, Workers
 from lorahub_registry.evaluate.base import LoadedBase
 from lorahub_registry.evaluate.quiet import one_thread
 from lorahub_registry.evaluate.tokens import Encoded
@@ -38,7 +38,7 @@ class Means:
     journal: Journal = field(default_factory=Journal)
     jobs: int | None = None
     place: Path | None = None
-    start: Any = None
+    start: Callable[[int], Executor] | None = None
 
 
 class Bench:

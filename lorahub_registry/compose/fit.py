@@ -126,6 +126,7 @@ def fit(
                 losses, size=bench.form.size, rows=len(train), method=method, seed=recipe.seed,
                 progress=progress,
             )  # fmt: skip
+        how = bench.how  # of these rows: the spread measures others
         check_helps(learned)
         spread = None
         if method.folds or method.seeds:
@@ -140,16 +141,14 @@ def fit(
         bench.form.sets,
         bench.form.pairs,
         mixture,
-        bench.how,
+        how,
         screened,
         spread,
         warned,
     )
 
 
-def _check_rows(
-    method: Learn | LoraHub, form: Form, rows: Sequence[Encoded]
-) -> tuple[str, ...]:  # fmt: skip
+def _check_rows(method: Learn | LoraHub, form: Form, rows: Sequence[Encoded]) -> tuple[str, ...]:
     """Whether the rows carry so many coefficients.
 
     Returns:

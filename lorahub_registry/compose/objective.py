@@ -79,7 +79,8 @@ class Measure:
         wide = not slopes and form.stacks is not None
         self.copies = min(population, self._fitting(exact)) if wide else 1
         alone = form.stacks is None or (exact and self.copies == 1)
-        self.how = "gradient" if slopes else "operator" if not alone else _alone(exact)
+        in_place = "in place" if exact else "beside"
+        self.how = "gradient" if slopes else in_place if alone else "operator"
         self._on: Any = None
 
     def _fitting(self, exact: bool) -> int:
@@ -170,10 +171,6 @@ def value(nll: float, coefficients: Sequence[float], *, l1: float, kind: Kind, r
     penalty = l1 * sum(map(abs, coefficients)) / len(coefficients)
     loss = nll if kind == "token_mean" else nll / rows
     return loss + penalty if math.isfinite(loss) else math.inf
-
-
-def _alone(exact: bool) -> str:
-    return "in place" if exact else "beside"
 
 
 def _float32(model: Any, form: Form) -> bool:

@@ -160,21 +160,3 @@ def same_shape(module: str, *deltas: LowRank) -> None:
                 f"{module or 'a module'} is {shapes[0]} in one adapter and {shapes[1]} in another",
                 hint="they were made for different bases; leave one out",
             )
-
-
-def inner(one: Deltas, other: Deltas) -> float:
-    """``⟨ΔW₁, ΔW₂⟩`` over all modules; one that only one adapter has counts as 0 in the other."""
-    for name in (shared := sorted(one.keys() & other.keys())):
-        same_shape(name, one[name], other[name])
-    return math.fsum(one[name].inner(other[name]) for name in shared)
-
-
-def norm(deltas: Deltas) -> float:
-    """Frobenius norm over all modules."""
-    return math.hypot(*(delta.norm() for delta in deltas.values()))
-
-
-def cosine(one: Deltas, other: Deltas) -> float:
-    """Cosine between two adapters as vectors of all their entries, −1 to 1; 0 if either is zero."""
-    size = norm(one) * norm(other)
-    return max(-1.0, min(1.0, inner(one, other) / size)) if size > 0 else 0.0

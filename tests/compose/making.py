@@ -9,6 +9,7 @@ from typing import Any
 from lorahub_registry.adapters.compat import Member
 from lorahub_registry.adapters.facts import digest_of, read_facts
 from lorahub_registry.evaluate.tokens import Batch, Encoded, TokenRule, batches, encode
+from lorahub_registry.progress import silent
 from lorahub_registry.recipes import Recipe, from_mapping
 from lorahub_registry.recipes.rows import Row
 from lorahub_registry.weights.files import load_deltas
@@ -61,3 +62,16 @@ def encoded(base: Any, count: int, first: int = 0) -> list[Encoded]:
     """The same rows as tokens, ``count`` of them from ``first`` on."""
     found = encode(base.tokenizer, tiny.rows(first + count), TokenRule(), seq2seq=base.seq2seq)
     return found[first:]
+
+
+class Watcher:
+    """A progress that keeps what it is warned of."""
+
+    def __init__(self) -> None:
+        self.warned: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(silent, name)
+
+    def warn(self, text: str) -> None:
+        self.warned.append(text)

@@ -28,7 +28,7 @@ from lorahub_registry.runtime.apply import applied
 from lorahub_registry.weights.files import load_deltas
 from lorahub_registry.weights.lowrank import LowRank
 from tests import tiny
-from tests.compose.making import deltas, encoded, member, recipe
+from tests.compose.making import Watcher, deltas, encoded, member, recipe
 
 KINDS = ("plain", "wide")
 
@@ -221,25 +221,16 @@ def test_more_coefficients_than_tokens_is_the_datas_fault(
 def test_more_coefficients_than_rows_is_told_and_recorded(
     tiny_llama: tiny.Tiny, tmp_path: Path
 ) -> None:
-    warned: list[str] = []
-
-    class Watcher:
-        def __getattr__(self, name: str) -> Any:
-            from lorahub_registry.progress import silent
-
-            return getattr(silent, name)
-
-        def warn(self, text: str) -> None:
-            warned.append(text)
-
+    watcher = Watcher()
+    warned = watcher.warned
     method = {"per": "module", "budget": 2, "init": 0.1, "optimizer": "RandomSearch"}
     said = "18 coefficients are learned from 10 rows: more than they carry; look at the spread"
-    fitted(tiny_llama, method, 10, progress=Watcher())
+    fitted(tiny_llama, method, 10, progress=watcher)
     assert [text.startswith(said) for text in warned] == [True]
     _, found = made_of(tiny_llama, tmp_path, method)
     assert any(note.startswith(said) for note in found["notes"])
     warned.clear()
-    fitted(tiny_llama, {"budget": 2, "init": 0.1}, 2, progress=Watcher())
+    fitted(tiny_llama, {"budget": 2, "init": 0.1}, 2, progress=watcher)
     assert warned == []
 
 

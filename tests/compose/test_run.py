@@ -19,7 +19,7 @@ from lorahub_registry.recipes.rows import Row, read_rows
 from lorahub_registry.weights.files import load_deltas
 from lorahub_registry.weights.lowrank import weighted_sum
 from tests import tiny
-from tests.compose.making import deltas, member, recipe, rows
+from tests.compose.making import Watcher, deltas, member, recipe, rows
 
 LINEAR = {"type": "linear"}
 TWO = [{"ref": "./plain", "coefficient": 0.75}, {"ref": "./wide", "coefficient": -0.5}]
@@ -105,21 +105,12 @@ def test_without_rows_nothing_is_proven_and_it_is_still_checked(
 
 
 def test_what_was_cut_or_shared_is_said_and_recorded(tiny_llama: tiny.Tiny, tmp_path: Path) -> None:
-    warned: list[str] = []
-
-    class Watcher:
-        def __getattr__(self, name: str) -> Any:
-            from lorahub_registry.progress import silent
-
-            return getattr(silent, name)
-
-        def warn(self, text: str) -> None:
-            warned.append(text)
-
+    watcher = Watcher()
+    warned = watcher.warned
     wanted = recipe({"type": "learn", "budget": 3, "l1": 0.0}, data={"max_length": 14})
     members = [member(tiny_llama.adapter(kind)) for kind in ("plain", "same")]
     given = Rows(train=rows(8), test=rows(4))
-    made = compose(wanted, members, tiny_llama.base(), given, tmp_path, progress=Watcher())
+    made = compose(wanted, members, tiny_llama.base(), given, tmp_path, progress=watcher)
     assert made.overlap == 4
     assert made.notes == warned
     assert any("train prompts lost their beginning (max_length)" in note for note in made.notes)

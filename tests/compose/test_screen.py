@@ -30,7 +30,7 @@ from lorahub_registry.runtime.apply import applied
 from lorahub_registry.weights.files import load_deltas, save_adapter
 from lorahub_registry.weights.lowrank import Deltas, LowRank, weighted_sum
 from tests import tiny
-from tests.compose.making import deltas, member, recipe
+from tests.compose.making import Watcher, deltas, member, recipe
 
 
 def written(folder: Path, name: str, found: Deltas) -> Member:
@@ -191,7 +191,7 @@ def test_it_is_kept_in_the_journal_and_not_done_twice(
 def test_progress_counts_adapters(tiny_llama: tiny.Tiny, twelve: tuple[list[Member], Any]) -> None:
     counted: list[tuple[str, float | None, float]] = []
 
-    class Watcher:
+    class Counting:
         @contextmanager
         def task(self, title: str, total: float | None = None, unit: str = "") -> Iterator[Any]:
             self.done = 0.0
@@ -204,7 +204,7 @@ def test_progress_counts_adapters(tiny_llama: tiny.Tiny, twelve: tuple[list[Memb
         def describe(self, text: str) -> None:
             assert text
 
-    screened(tiny_llama, twelve, 2, progress=Watcher())
+    screened(tiny_llama, twelve, 2, progress=Counting())
     assert counted == [("Screening, one by one", 12, 12), ("Screening, together", 1, 1)]
 
 
@@ -218,18 +218,9 @@ def test_a_mixture_of_the_screened_tells_all_and_holds_the_kept(
         {"type": "learn", "budget": 4, "l1": 0.0, "init": 0.1, "screen": {"keep": 3}},
         [f"./{m.name}" for m in members],
     )
-    warned: list[str] = []
-
-    class Watcher:
-        def __getattr__(self, name: str) -> Any:
-            from lorahub_registry.progress import silent
-
-            return getattr(silent, name)
-
-        def warn(self, text: str) -> None:
-            warned.append(text)
-
-    made = compose(wanted, members, base, Rows(rows[:6], rows[6:]), tmp_path, progress=Watcher())
+    watcher = Watcher()
+    warned = watcher.warned
+    made = compose(wanted, members, base, Rows(rows[:6], rows[6:]), tmp_path, progress=watcher)
     found = json.loads(json.dumps(results(wanted, base, made)))
     assert list(found["screened"]["alone"]) == [m.name for m in members]
     kept = [m["name"] for m in found["members"]]

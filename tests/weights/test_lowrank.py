@@ -11,12 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorahub_registry.errors import IncompatibleAdapters
+from lorahub_registry.weights.compare import compare
 from lorahub_registry.weights.lowrank import (
     LowRank,
-    cosine,
     factor_sum,
-    inner,
-    norm,
     weighted_sum,
 )
 
@@ -129,23 +127,27 @@ def test_inner_products_and_norms_are_those_of_all_entries(
         float((dense(one[name]) * dense(other[name])).sum()) for name in one.keys() & other.keys()
     )
     sizes = [sum(float(dense(d).square().sum()) for d in p.values()) ** 0.5 for p in (one, other)]
-    assert inner(one, other) == pytest.approx(expected, abs=1e-9 * sizes[0] * sizes[1])
-    assert norm(one) == pytest.approx(sizes[0], rel=1e-9)
-    assert cosine(one, other) == pytest.approx(expected / (sizes[0] * sizes[1]), abs=1e-9)
-    assert cosine(one, one) == pytest.approx(1.0, abs=1e-12)
-    assert cosine(one, {n: d.scaled(-3.0) for n, d in one.items()}) == pytest.approx(-1.0)
+    [pair] = compare([one, other])
+    found = sum(meeting.inner for meeting in pair.meetings)
+    assert found == pytest.approx(expected, abs=1e-9 * sizes[0] * sizes[1])
+    assert pair.norms == pytest.approx(tuple(sizes), rel=1e-9)
+    assert pair.cosine == pytest.approx(expected / (sizes[0] * sizes[1]), abs=1e-9)
+    assert compare([one, one])[0].cosine == pytest.approx(1.0, abs=1e-12)
+    turned = {n: d.scaled(-3.0) for n, d in one.items()}
+    assert compare([one, turned])[0].cosine == pytest.approx(-1.0)
 
 
 def test_adapters_that_share_no_module_are_orthogonal() -> None:
     one, other = {"p": random(1, 2, 3, 4)}, {"q": random(2, 2, 3, 4)}
-    assert inner(one, other) == cosine(one, other) == 0.0
+    assert compare([one, other])[0].cosine == 0.0
     assert set(weighted_sum([one, other], [1.0, 1.0])) == {"p", "q"}
 
 
 def test_an_adapter_of_zeros_has_no_norm_direction_or_rank() -> None:
     zero = LowRank(torch.zeros(2, 3), torch.zeros(4, 2))
-    assert zero.norm() == norm({"p": zero}) == norm({}) == 0.0
-    assert cosine({"p": zero}, {"p": random(1, 2, 3, 4)}) == 0.0
+    [pair] = compare([{"p": zero}, {"p": random(1, 2, 3, 4)}])
+    assert zero.norm() == pair.norms[0] == 0.0
+    assert pair.cosine is None
     assert zero.effective_rank() == 0.0
     assert weighted_sum([{"p": zero}], [2.0])["p"].norm() == 0.0
 
@@ -201,8 +203,8 @@ def test_a_module_of_two_shapes_is_refused_by_name() -> None:
     one, other = {"p": random(1, 2, 3, 4)}, {"p": random(2, 2, 4, 3)}
     with pytest.raises(IncompatibleAdapters, match=r"p is linear 4x3 in one .* linear 3x4"):
         weighted_sum([one, other], [1.0, 1.0])
-    with pytest.raises(IncompatibleAdapters, match=r"p is linear 4x3 in one .* linear 3x4"):
-        inner(one, other)
+    with pytest.raises(IncompatibleAdapters, match=r"linear 4x3 in one .* linear 3x4"):
+        compare([one, other])
     token = {"p": LowRank(one["p"].a, one["p"].b, "embedding")}
     with pytest.raises(IncompatibleAdapters, match=r"linear 4x3 in one .* embedding 4x3"):
         weighted_sum([one, token], [1.0, 1.0])
