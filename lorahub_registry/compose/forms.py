@@ -101,7 +101,7 @@ class DeltaForm:
     def at(self, coefficients: Coefficients) -> Deltas:
         """``[c₁B₁ … cₖBₖ]·[A₁; …; Aₖ]`` in each module."""
         assert self.stacks is not None
-        c = torch.as_tensor(coefficients, dtype=torch.float32, device=self._device)
+        c = _vector(coefficients, self.size).to(self._device)
         return {
             name: LowRank(
                 stack.a,
@@ -139,7 +139,7 @@ class FactorForm:
 
     def at(self, coefficients: Coefficients) -> Deltas:
         """``s (Σ cᵢBᵢ)(Σ cᵢAᵢ)`` in each module, the scaling in B."""
-        c = torch.as_tensor(coefficients, dtype=self._flat.dtype, device=self._flat.device)
+        c = _vector(coefficients, self.size).to(self._flat.device)
         # One split: in a backward pass each slice would fill a whole row with zeros.
         parts = dict(zip(self._begins, (c @ self._flat).split(self._sizes), strict=True))
         deltas = {}
@@ -151,6 +151,18 @@ class FactorForm:
                 a, b * m.scaling, "embedding" if m.kind == "embedding" else "linear"
             )
         return deltas
+
+
+def _vector(coefficients: Coefficients, size: int) -> torch.Tensor:
+    """[size], float32.
+
+    Raises:
+        ValueError: there are more or fewer; indexing would take the first of them in silence.
+    """
+    c = torch.as_tensor(coefficients, dtype=torch.float32)
+    if c.shape != (size,):
+        raise ValueError(f"{c.numel()} coefficients for {size}")
+    return c
 
 
 def make_form(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -78,3 +79,11 @@ def test_no_coefficients_mean_no_delta(tiny_llama: tiny.Tiny) -> None:
     exact = DeltaForm([deltas(tiny_llama, "plain"), deltas(tiny_llama, "wide")])
     for form in (exact, factor_form(tiny_llama)[0]):
         assert {delta.norm() for delta in form.at([0.0, 0.0]).values()} == {0.0}
+
+
+def test_another_number_of_coefficients_is_refused(tiny_llama: tiny.Tiny) -> None:
+    exact = DeltaForm([deltas(tiny_llama, "plain"), deltas(tiny_llama, "wide")])
+    for form in (exact, factor_form(tiny_llama)[0]):
+        for wrong in ([1.0], [1.0, 0.0, 2.0]):
+            with pytest.raises(ValueError, match=f"{len(wrong)} coefficients for 2"):
+                form.at(wrong)
