@@ -155,14 +155,19 @@ def _page(found: Comparison) -> str:
     ]
     if any(pair.alone != (0, 0) for pair in found.pairs):
         tables.append(("modules that both change", shared))
+    else:
+        lines += ["", f"all change the same {len(found.pairs[0].meetings)} modules"]
     for title, cells in tables:
         lines += ["", title, "     " + "".join(f"{n + 1:>7}" for n in range(count))]
         for i in range(count):
             row = "".join(f"{_number(cells.get((i, j), 0), i == j):>7}" for j in range(count))
             lines.append(f"{i + 1:>3}  {row}")
-    for loud, on, by, pair in _ordered(found)[:_WORST]:
-        if loud >= _DROWNED:
-            lines += ["", *_worst(loud, clean(on), clean(by), pair, found.names[pair.first] == on)]
+    drowned = [worst for worst in _ordered(found) if worst[0] >= _DROWNED]
+    for loud, on, by, pair in drowned[:_WORST]:
+        lines += ["", *_worst(loud, clean(on), clean(by), pair, found.names[pair.first] == on)]
+    if len(drowned) > _WORST:
+        rest = ", ".join(f"{clean(on)} by {clean(by)}" for _, on, by, _ in drowned[_WORST:])
+        lines += ["", f"and drowned as well: {rest}"]
     return "\n".join(lines)
 
 
