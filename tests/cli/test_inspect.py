@@ -145,6 +145,9 @@ def test_compare_says_who_drowns_whom(lorareg, kitchen):
     assert table[2].split() == ["1", "-", table[2].split()[2], "3.00"]
     assert table[4].split()[1] == "0.33"
     assert page.split("\n\n")[2].splitlines()[2].split()[-1] == "1.00"  # cosine
+    pair = lorareg("compare", "plain", "loud").out
+    assert "all change the same 4 modules" in pair
+    assert "modules that both change" not in pair
     quiet = lorareg("compare", "plain", "loud", "-q").lines
     assert quiet == ["plain loud 3.00", "loud plain 0.33"]
 
