@@ -11,8 +11,12 @@ from lorahub_registry.compose.stopping import CONVERGED, Stop
 from lorahub_registry.recipes.learned import Learn
 
 Slope = Callable[[Coefficients], tuple[float, "np.ndarray"]]
-_FLAT = 1e-4
+_FLAT = 1e-5
 """L-BFGS-B is at its end when a step gains less than this share of the objective."""
+_DELTA_UNIT = 0.3
+"""Coefficients of the exact sum are searched in this unit. L-BFGS-B's first step has length one at
+most: from zero, one whole adapter overshoots. The factor form, its own start at the average, loses
+by it (both measured)."""
 _ADAM_STEP, _ADAM_DECAY = 0.1, (0.9, 0.99)
 
 
@@ -45,20 +49,23 @@ def _lbfgs(
     from scipy.optimize import minimize
 
     n, last = len(start), start
+    unit = _DELTA_UNIT if method.form == "delta" else 1.0
 
-    def objective(pq: np.ndarray) -> tuple[float, np.ndarray]:
+    def objective(scaled: np.ndarray) -> tuple[float, np.ndarray]:
         nonlocal last
         if stop() is not None:
             raise _Enough
+        pq = scaled * unit
         last = pq[:n] - pq[n:]
         nll, g = slope(tuple(last.tolist()))
         penalty = method.l1 / n
-        return nll + penalty * pq.sum(), np.concatenate([g, -g]) + penalty
+        return nll + penalty * pq.sum(), unit * (np.concatenate([g, -g]) + penalty)
 
-    begin = np.concatenate([start.clip(min=0), (-start).clip(min=0)])
+    begin = np.concatenate([start.clip(min=0), (-start).clip(min=0)]) / unit
     try:
         minimize(
-            objective, begin, jac=True, method="L-BFGS-B", bounds=[(0, method.bounds)] * (2 * n),
+            objective, begin, jac=True, method="L-BFGS-B",
+            bounds=[(0, method.bounds / unit)] * (2 * n),
             options={"maxfun": method.budget + 1, "maxiter": method.budget + 1, "ftol": _FLAT},
         )  # fmt: skip
     except _Enough:
