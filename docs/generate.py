@@ -43,11 +43,14 @@ def methods_page() -> str:
             f"| `{name}` | {info.summary} | {method.coefficients} | [{info.paper}]({info.link}) |"
         )
     for name, method in METHODS.items():
-        rows += ["", f"## {name}", "", _paragraphs(method.__doc__ or ""), ""]
-        rows += ["| option | default | meaning |", "|---|---|---|"]
-        for key, field in method.model_fields.items():
-            if key != "type":
-                rows.append(f"| `{key}` | `{field.default}` | {field.description} |")
+        rows += ["", f"## {name}", "", _paragraphs(method.__doc__ or "")]
+        options = [
+            f"| `{key}` | `{field.default}` | {field.description} |"
+            for key, field in method.model_fields.items()
+            if key != "type"
+        ]
+        if options:
+            rows += ["", "| option | default | meaning |", "|---|---|---|", *options]
     return "\n".join(rows) + "\n"
 
 

@@ -99,7 +99,7 @@ def render(facts: Mapping[str, Any], recipe: str, *, repo: str | None = None) ->
             **facts, recipe=recipe.rstrip("\n"), repo=repo or f"OWNER/{facts['name']}"
         )
     except (jinja2.TemplateError, KeyError) as error:
-        raise OutputError(f"the card cannot be written: {error}") from None
+        raise OutputError(f"README.md, the card, cannot be written: {error}") from None
     front = yaml.safe_dump(metadata(facts), sort_keys=False, allow_unicode=True, width=100)
     return f"---\n{front}---\n\n{body}"
 

@@ -230,7 +230,7 @@ def test_a_missing_fact_is_an_error_and_no_gap() -> None:
     for key in ("members", "method", "output", "tokens", "notes"):
         without = facts()
         del without[key]
-        with pytest.raises(OutputError, match="cannot be written"):
+        with pytest.raises(OutputError, match=r"README\.md, the card, cannot be written"):
             render(without, RECIPE)
 
 

@@ -32,6 +32,13 @@ def test_generated_pages_are_fresh(name):
     assert written == GENERATOR.PAGES[name](), f"docs/{name} is stale: make docs"
 
 
+def test_a_method_without_options_has_no_table_of_them():
+    page = GENERATOR.methods_page()
+    assert "## linear" in page
+    assert "|---|---|---|\n| `" in page
+    assert not re.search(r"\|---\|\n(?!\|)", page)
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
 def test_every_example_is_valid_and_opens_with_its_command(path):
     recipe = load(path)

@@ -61,11 +61,11 @@ def check_weights(member: Member) -> None:
     """
     if member.facts.weights == "pickle":
         raise IncompatibleAdapters(
-            f"{member.name}: its weights are a pickle ({member.ref}), which is never loaded",
+            f"{member.name}: its weights are a pickle ({member.key}), which is never loaded",
             hint=f"lorareg convert {member.key}",
         )
     if member.facts.weights == "none":
-        raise IncompatibleAdapters(f"{member.name}: it has no weights ({member.ref})")
+        raise IncompatibleAdapters(f"{member.name}: it has no weights ({member.key})")
 
 
 def check_sum(members: Sequence[Member]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ from lorahub_registry.api.publish import folder_of
 from lorahub_registry.errors import IncompatibleAdapters, UnknownRef, UsageError
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.refs import expand, looks_like_path
+from lorahub_registry.registry.index import record_of_folder
+from lorahub_registry.registry.records import StoredAdapter
 from lorahub_registry.registry.store import Registry
 
 if TYPE_CHECKING:
@@ -94,6 +97,23 @@ def compare(
             )
     names, keys = (m.name for m in members), (m.key for m in members)
     return Comparison(tuple(names), tuple(keys), tuple(pairs))
+
+
+def read(ref: str | Path, *, registry: Registry, progress: Progress = silent) -> StoredAdapter:
+    """What is known of an adapter; of a folder that is not registered, what its files say (id 0).
+
+    Raises:
+        UnknownRef, AmbiguousRef: see :meth:`Registry.get`.
+        AdapterError: a folder whose files are no adapter's.
+    """
+    folder = expand(str(ref))
+    try:
+        return registry.get(str(ref))
+    except UnknownRef:
+        if not (folder / CONFIG_NAME).is_file():
+            raise
+    now = datetime.now(UTC)
+    return StoredAdapter(0, record_of_folder(folder, progress=progress), now, now)
 
 
 def _member(ref: str, registry: Registry, progress: Progress) -> Member:

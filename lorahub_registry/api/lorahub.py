@@ -80,7 +80,8 @@ def lorahub_learning(
     """Learn one weight a module from a few examples, without gradients, and merge the mixture.
 
     Args:
-        lora_module_list: folders, registered names, or Hub refs, which are pulled.
+        lora_module_list: folders, registered names, or Hub refs, which are pulled. Nothing else
+            enters the registry.
         example_inputs: prompts, as they are: a causal model's end with the space that is wanted
             before the answer.
         example_outputs: the answers to them.
@@ -118,11 +119,12 @@ def lorahub_learning(
                 batch_size, get_loss, get_regular, seed, eos=eos, allow_base=allow_base,
                 device=device, registry=opened, progress=progress,
             )  # fmt: skip
-    members = resolve_refs(refs, beside=Path.cwd(), registry=registry, progress=progress)
+    resolved = resolve_refs(refs, beside=Path.cwd(), registry=registry, progress=progress)
+    members = resolved.members
     check_sum(members)
     check_factors(members)
     named = None if model_name_or_path is None else str(model_name_or_path)
-    first = registry.get(members[0].key).record
+    first = resolved.records[members[0].name]
     found = base_of(first, named, registry=registry, progress=progress)
     for passed in check_base(members, found.facts, allow=allow_base):
         warnings.warn(passed, stacklevel=2)

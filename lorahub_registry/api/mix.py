@@ -25,7 +25,7 @@ from lorahub_registry.errors import LoraregError, UsageError
 from lorahub_registry.lock import LOCK_NAME
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.recipes import Recipe, RecipeFile, to_yaml
-from lorahub_registry.refs import AdapterRef
+from lorahub_registry.refs import AdapterRef, expand
 from lorahub_registry.registry.index import card_beside, record_of_folder
 from lorahub_registry.registry.records import (
     BaseRecord,
@@ -125,8 +125,8 @@ def compose(
             made = run.compose(
                 ready.recipe, ready.members, loaded, rows, folder, means=means, progress=progress
             )
-        results = _results(ready, loaded, made)
-        _write_papers(folder, ready, results)
+            results = _results(ready, loaded, made)
+            _write_papers(folder, ready, results)
     means.journal.forget()
     stored = _enter(ready, results, registry)
     url = _publish(ready, progress) if ready.recipe.publish and push else None
@@ -159,7 +159,7 @@ def _results(ready: Prepared, loaded: LoadedBase, made: Composition) -> dict[str
     found["license"] = agreed_license(recipe, ready.members)
     if overridden := other_licenses(recipe, ready.members):
         found["notes"].append(f"the recipe says {found['license']}, but {overridden}")
-    found["task"] = _task(recipe)
+    found["task"] = _task(recipe, ready.folder)
     found["datasets"] = sorted({d for m in ready.members for d in _datasets(m)})
     return _finite(found)
 
@@ -185,16 +185,17 @@ def _datasets(member: Member) -> list[str]:
     return found
 
 
-def _task(recipe: Recipe) -> str:
+def _task(recipe: Recipe, beside: Path) -> str:
     """What the test set is called: its file, or where that says nothing its folder or recipe."""
     if recipe.data.test is None:
         return recipe.name
-    path = Path(recipe.data.test.path)
+    path = expand(recipe.data.test.path, beside=beside)
     if path.stem.lower() not in _PLAIN_STEMS:
         return path.stem
-    # The folder of a path from the root or from home may be a person's name.
-    own = not path.is_absolute() and not recipe.data.test.path.startswith("~")
-    return path.parent.name if own and path.parent.name not in {"", ".", ".."} else recipe.name
+    # The recipe's own folder says no more than the recipe; a home may be a person's name.
+    home = Path.home()
+    plain = {beside.absolute(), home, *home.parents}
+    return recipe.name if path.parent in plain else path.parent.name
 
 
 def _write_papers(folder: Path, ready: Prepared, results: dict[str, Any]) -> None:
@@ -235,7 +236,7 @@ def _enter(ready: Prepared, results: dict[str, Any], registry: Registry) -> Stor
         verdict=verdict,
         members=tuple(members),
     )
-    stored = registry.add_mixture(record, lineage)
+    stored = registry.add_mixture(record, lineage, ready.fresh)
     if ready.base.local and ready.base.folder is not None and "/" not in facts.name:
         registry.place_base(facts.name, ready.base.folder)
     keys = {"mixture": stored.ref, **{m.name: m.key for m in ready.members}}

@@ -13,7 +13,7 @@ from lorahub_registry.api.prepare import Prepared, agreed_license, prepare
 from lorahub_registry.errors import BaseModelError
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.recipes import Recipe, RecipeFile, overlap, render
-from lorahub_registry.recipes.learned import GRADIENT, Searched
+from lorahub_registry.recipes.learned import GRADIENT, Learn, LoraHub, Searched
 from lorahub_registry.registry.store import Registry
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -41,19 +41,25 @@ def plan(
         progress.warn(f"{shared} of {len(ready.test)} test rows are also training rows")
     if agreed_license(ready.recipe, ready.members) is None:
         progress.warn("its licence is unknown, so it cannot be pushed; license: … in the recipe")
-    return _estimate(ready)
+    facts = _estimate(ready, progress)
+    # One that does not agree has ended the plan by now.
+    agrees = None if lock is None else {"path": str(lock), "agrees": True}
+    return facts | {"lock": agrees}
 
 
-def _estimate(ready: Prepared) -> dict[str, Any]:
+def _estimate(ready: Prepared, progress: Progress) -> dict[str, Any]:
     from lorahub_registry.evaluate.base import pick_device
 
     recipe, shapes = ready.recipe, ready.base.facts.shapes
     device = pick_device(recipe.device)
     parameters = sum(math.prod(shape) for shape in shapes.values())
-    train, test = _tokens(ready)
+    (train, answers), (test, _) = _tokens(ready)
     rows = len(ready.train)
     if (split := recipe.data.train) and split.limit and split.limit < rows:
         train, rows = train * split.limit // rows, split.limit  # the diverse of all that were read
+    if isinstance(recipe.method, Searched):
+        # Each answer may get an EOS, and which rows are taken is not known: no fewer than these.
+        _check_rows(ready, rows, answers + len(ready.train), progress)
     evaluations, passes = _search(recipe, len(ready.members))
     mixed = _kept(recipe, len(ready.members))
     models = mixed + 4 if ready.test else 0
@@ -89,6 +95,15 @@ def _estimate(ready: Prepared) -> dict[str, Any]:
     }
 
 
+def _check_rows(ready: Prepared, rows: int, tokens: int, progress: Progress) -> None:
+    from lorahub_registry.compose.enough import check_rows, least_size
+
+    method = ready.recipe.method
+    assert isinstance(method, Learn | LoraHub)
+    for text in check_rows(method, least_size(method, ready.members), rows, tokens):
+        progress.warn(text)
+
+
 def _kept(recipe: Recipe, members: int) -> int:
     """How many adapters screening leaves."""
     screen = getattr(recipe.method, "screen", None)
@@ -119,8 +134,8 @@ def _search(recipe: Recipe, members: int) -> tuple[int, float]:
     return round(evaluations), each * method.budget * (1 + again * share) + screening
 
 
-def _tokens(ready: Prepared) -> tuple[int, int]:
-    """Tokens of train and test rows, prompts and answers."""
+def _tokens(ready: Prepared) -> list[tuple[int, int]]:
+    """Tokens of the train and of the test rows: of all, and of the answers alone."""
     import transformers
 
     try:
@@ -131,6 +146,10 @@ def _tokens(ready: Prepared) -> tuple[int, int]:
         raise BaseModelError(
             f"the base {ready.base.facts.name} has no tokenizer that can be loaded: {error}"
         ) from None
+
+    def count(texts: list[str], **options: Any) -> int:
+        return sum(map(len, tokenizer(texts, **options)["input_ids"])) if texts else 0
+
     template = ready.recipe.data.template
     counts = []
     for rows in (ready.train, ready.test):
@@ -138,8 +157,9 @@ def _tokens(ready: Prepared) -> tuple[int, int]:
             (row.input if ready.recipe.data.chat else render(template, row)) + row.output
             for row in rows
         ]
-        counts.append(sum(map(len, tokenizer(texts)["input_ids"])) if texts else 0)
-    return counts[0], counts[1]
+        answers = [row.output for row in rows]
+        counts.append((count(texts), count(answers, add_special_tokens=False)))
+    return counts
 
 
 def _measured_gflops(device: str, width: int) -> float:

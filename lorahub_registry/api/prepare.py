@@ -31,12 +31,17 @@ from lorahub_registry.recipes import (
 from lorahub_registry.recipes import load as load_recipe
 from lorahub_registry.recipes.rows import Row
 from lorahub_registry.refs import expand, looks_like_path
+from lorahub_registry.registry.records import AdapterRecord
 from lorahub_registry.registry.store import Registry
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A recipe with everything found, read and checked, before any model is loaded."""
+    """A recipe with everything found, read and checked, before any model is loaded.
+
+    Attributes:
+        fresh: member name → its record, of those to be indexed along with the mixture.
+    """
 
     recipe: Recipe
     folder: Path
@@ -47,6 +52,7 @@ class Prepared:
     out: Path
     lock: Lock
     notes: tuple[str, ...]
+    fresh: Mapping[str, AdapterRecord]
 
 
 def read_recipe(recipe: str | Path | Mapping[str, Any] | RecipeFile) -> RecipeFile:
@@ -80,9 +86,10 @@ def prepare(
     found = _given_base(wanted.base, base) if base else resolve_base(
         wanted.base, registry=registry, beside=file.folder, progress=progress
     )  # fmt: skip
-    members = resolve_members(
+    resolved = resolve_members(
         wanted, beside=file.folder, base=found.facts.name, registry=registry, progress=progress
     )
+    members = resolved.members
     check_sum(members)
     if getattr(wanted.method, "form", None) == "factor":
         check_factors(members)
@@ -100,7 +107,8 @@ def prepare(
     now = _lock(file, found, members)
     if lock is not None:
         Lock.load(lock).check(now)
-    return Prepared(wanted, file.folder, found, tuple(members), train, test, out, now, tuple(notes))
+    fresh = {name: resolved.records[name] for name in sorted(resolved.fresh)}
+    return Prepared(wanted, file.folder, found, members, train, test, out, now, tuple(notes), fresh)
 
 
 def agreed_license(recipe: Recipe, members: Sequence[Member]) -> str | None:

@@ -1,10 +1,13 @@
-"""A recipe's words made definite: every adapter found, read, pinned and named."""
+"""A recipe's words made definite: every adapter found, read, pinned and named.
+
+The registry stays as it is, but for what is pulled from the Hub: a run that fails leaves no trace.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorahub_registry.adapters.compat import Member
@@ -22,6 +25,21 @@ from lorahub_registry.registry.store import Registry
 from lorahub_registry.settings import Settings
 
 
+@dataclass(frozen=True)
+class Resolved:
+    """Adapters found.
+
+    Attributes:
+        members: in the order that they were named.
+        records: member name → what its files say now.
+        fresh: names of those that the registry does not know, or knows otherwise.
+    """
+
+    members: tuple[Member, ...]
+    records: Mapping[str, AdapterRecord]
+    fresh: frozenset[str]
+
+
 def resolve_members(
     recipe: Recipe,
     *,
@@ -29,30 +47,30 @@ def resolve_members(
     base: str,
     registry: Registry,
     progress: Progress = silent,
-) -> list[Member]:
+) -> Resolved:
     """Every adapter of ``recipe``, searches resolved, in the recipe's order.
 
     Args:
         beside: what the recipe's relative paths count from.
-        base: the resolved base's name, for searches.
+        base: the resolved base's name, for searches and for names that several adapters have.
 
     Raises:
         UnknownRef, AmbiguousRef: an adapter that cannot be found, or not told apart.
         RecipeError: a search that finds nothing, or one adapter twice.
         LockError: a pulled file is no longer what was pulled.
     """
-    found: list[tuple[RefEntry, StoredAdapter]] = []
+    found: list[tuple[RefEntry, StoredAdapter | AdapterRecord]] = []
     for entry in recipe.adapters:
         if isinstance(entry, SearchEntry):
             found += _searched(entry, base, registry, progress)
         else:
-            found.append((entry, _find(entry.ref, beside, registry, progress)))
-    return _members(found, registry, progress)
+            found.append((entry, _find(entry.ref, beside, base, registry, progress)))
+    return _resolved(found, registry, progress)
 
 
 def resolve_refs(
     refs: Sequence[str], *, beside: Path, registry: Registry, progress: Progress = silent
-) -> list[Member]:
+) -> Resolved:
     """Adapters named one by one, without a recipe, in the same order.
 
     Args:
@@ -62,34 +80,59 @@ def resolve_refs(
         As :func:`resolve_members`.
     """
     entries = [RefEntry(ref=ref) for ref in refs]
-    found = [(entry, _find(entry.ref, beside, registry, progress)) for entry in entries]
-    return _members(found, registry, progress)
+    found = [(entry, _find(entry.ref, beside, None, registry, progress)) for entry in entries]
+    return _resolved(found, registry, progress)
 
 
-def _members(
-    found: Sequence[tuple[RefEntry, StoredAdapter]], registry: Registry, progress: Progress
-) -> list[Member]:
+def _resolved(
+    found: Sequence[tuple[RefEntry, StoredAdapter | AdapterRecord]],
+    registry: Registry,
+    progress: Progress,
+) -> Resolved:
     members: list[Member] = []
-    for entry, stored in found:
-        member = _member(entry, _here(stored, registry, progress), registry, progress)
+    records: list[AdapterRecord] = []
+    fresh: list[bool] = []
+    for entry, one in found:
+        if isinstance(one, AdapterRecord):
+            record, stored, changed = one, None, True
+        else:
+            stored = _here(one, registry, progress)
+            record, changed = _now(stored, progress)
+        member = _member(entry, record, stored)
         if any(member.folder == m.folder for m in members):
             raise RecipeError(
                 f"{member.ref} stands twice among the adapters",
                 hint="name it once, or let the search leave it out",
             )
         members.append(member)
-    return _named(members, [entry for entry, _ in found])
+        records.append(record)
+        fresh.append(changed)
+    named = _named(members, [entry for entry, _ in found])
+    return Resolved(
+        tuple(named),
+        {m.name: record for m, record in zip(named, records, strict=True)},
+        frozenset(m.name for m, changed in zip(named, fresh, strict=True) if changed),
+    )
 
 
-def _find(ref: str, beside: Path, registry: Registry, progress: Progress) -> StoredAdapter:
+def _find(
+    ref: str, beside: Path, base: str | None, registry: Registry, progress: Progress
+) -> StoredAdapter | AdapterRecord:
+    """What ``ref`` means; a record alone where it is a folder that the registry does not know."""
     folder = expand(ref, beside=beside)
     if looks_like_path(ref) or (folder / "adapter_config.json").is_file():
         try:
             return registry.get(str(folder))
         except UnknownRef:
-            return registry.put(record_of_folder(folder))
+            return record_of_folder(folder)
     try:
         return registry.get(ref)
+    except AmbiguousRef:
+        if base is None:
+            raise
+        stored = registry.get(ref, base=base)
+        progress.say(f"{ref}: of several, the one on {base} is taken, {stored.ref}")
+        return stored
     except UnknownRef:
         if "/" not in ref:
             raise
@@ -109,7 +152,7 @@ def _find(ref: str, beside: Path, registry: Registry, progress: Progress) -> Sto
 
 def _searched(
     entry: SearchEntry, base: str, registry: Registry, progress: Progress
-) -> list[tuple[RefEntry, StoredAdapter]]:
+) -> list[tuple[RefEntry, StoredAdapter | AdapterRecord]]:
     search = entry.search
     answer = registry.search(
         Query(
@@ -152,27 +195,27 @@ def _here(stored: StoredAdapter, registry: Registry, progress: Progress) -> Stor
     return registry.get(stored.ref)
 
 
-def _member(
-    entry: RefEntry, stored: StoredAdapter, registry: Registry, progress: Progress
-) -> Member:
-    now = refreshed(stored, progress=progress)
-    record = stored.record
-    local = record.repo.kind == "local"
-    if now.digest != record.digest or _config_sha(now) != _config_sha(record):
-        if not local:
-            raise LockError(
-                f"{stored.ref}: its files are not those that were pulled",
-                hint=f"delete its files and pull again: lorareg remove {stored.ref} --files",
-            )
-        progress.warn(f"{record.name}: its files changed since it was indexed; indexed again")
-        stored = registry.put(now)
-        record = stored.record
+def _now(stored: StoredAdapter, progress: Progress) -> tuple[AdapterRecord, bool]:
+    """The record of what lies there now, and whether it is another than the registry's."""
+    now, record = refreshed(stored, progress=progress), stored.record
+    if now.digest == record.digest and _config_sha(now) == _config_sha(record):
+        return record, False
+    if record.repo.kind != "local":
+        raise LockError(
+            f"{stored.ref}: its files are not those that were pulled",
+            hint=f"delete its files and pull again: lorareg remove {stored.ref} --files",
+        )
+    progress.warn(f"{record.name}: its files changed since it was indexed; taken as they are now")
+    return now, True
+
+
+def _member(entry: RefEntry, record: AdapterRecord, stored: StoredAdapter | None) -> Member:
     folder = Path(record.local_path or "")
     return Member(
         name=entry.name or record.name,
-        key=stored.ref,
-        # A folder's path says whose machine this is; a Hub ref does not.
-        ref=f"./{folder.name}" if local else stored.ref,
+        key=stored.ref if stored else str(folder),
+        # A folder's path says whose machine this is; a Hub ref, or a name, does not.
+        ref=stored.ref if stored and record.repo.kind == "hub" else record.name,
         folder=folder,
         facts=read_facts(folder),
         base=record.base.name,
@@ -181,7 +224,7 @@ def _member(
         coefficient=entry.coefficient,
         license=record.repo.license,
         revision=record.revision,
-        adapter_id=stored.id,
+        adapter_id=stored.id if stored else None,
     )
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from lorahub_registry import __version__
 from lorahub_registry.adapters.tensors import file_sha256
 from lorahub_registry.api.prepare import Prepared
-from lorahub_registry.errors import DataError, NotApplied, RecipeError
+from lorahub_registry.errors import DataError, LoraregError, NotApplied, RecipeError
 from lorahub_registry.progress import Progress
 from lorahub_registry.registry.store import Registry
 
@@ -36,8 +36,9 @@ def means_of(
 ) -> Iterator[Means]:
     """How the search of ``ready`` is carried out, with what an earlier run of it left.
 
-    The journal stays where the run is stopped from outside; of a run that ended with an error of
-    its own it goes. The caller lets it go once the mixture is written.
+    The journal stays where the run is stopped from outside, or by what may be otherwise the next
+    time (a full disk); of a run that ended with an error of its own it goes. The caller lets it go
+    once the mixture is written.
     """
     from lorahub_registry.compose.bench import Means
     from lorahub_registry.compose.journal import Journal
@@ -56,7 +57,7 @@ def means_of(
     except (NotApplied, DataError, RecipeError):
         journal.forget()  # it came to its end, which was none to write
         raise
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, LoraregError, OSError):
         if path.exists():
             progress.say(
                 f"{journal.known} evaluations are kept: the same command goes on from there"

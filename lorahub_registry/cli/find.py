@@ -134,7 +134,7 @@ def show(ref: str, with_weights: bool, figure: Path | None, out: Output) -> None
     REF is owner/repo[/sub/folder][@revision], a path, or a name. With --weights its tensors are
     read, too: how large each module's change is, layer by layer, over how many directions it
     spreads (effective rank), and which share of its energy, the squared norm, a smaller rank
-    would keep.
+    would keep; a folder need not be registered then.
 
     \b
     Examples:
@@ -150,9 +150,16 @@ def show(ref: str, with_weights: bool, figure: Path | None, out: Output) -> None
 
         check_png(figure)
     with Registry(progress=out) as registry:
-        stored = registry.get(ref)
+        if with_weights or figure is not None:
+            from lorahub_registry.api.inspect import read
+
+            stored = read(ref, registry=registry, progress=out)
+        else:
+            stored = registry.get(ref)
         used_in = [m.record.name for m in registry.mixtures_of(stored.id)]
         known, text = facts(stored, used_in), page(stored, used_in)
+        if not stored.id:
+            known |= {"added_at": None, "updated_at": None}  # it is not registered
         if with_weights or figure is not None:
             from lorahub_registry.api.inspect import weights
             from lorahub_registry.cli.inspect import weights_facts, weights_page

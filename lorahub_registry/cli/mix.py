@@ -183,7 +183,8 @@ def _around(spread: dict[str, float | None], sign: str = "") -> str:
 def _plan_page(facts: dict[str, Any]) -> str:
     lines = [f"base      {facts['base']}  ({facts['parameters']:,} parameters)"]
     for member in facts["adapters"]:
-        lines.append(f"adapter   {member['name']}  rank {member['rank']}  {member['ref']}")
+        ref = member["ref"] if member["ref"] != member["name"] else ""
+        lines.append(f"adapter   {member['name']}  rank {member['rank']}  {ref}".rstrip())
     lines += [
         f"method    {facts['method']}, at most {facts['evaluations']} evaluations of "
         f"{facts['train_rows']} rows ({facts['train_tokens']:,} tokens)",
@@ -194,6 +195,8 @@ def _plan_page(facts: dict[str, Any]) -> str:
         f"{facts['gflops']:.0f} GFLOP/s; loading and generation not counted",
         f"output    {facts['output']}",
     ]
+    if facts["lock"]:
+        lines.append(f"lock      {facts['lock']['path']} agrees")
     return "\n".join(lines)
 
 

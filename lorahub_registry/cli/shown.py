@@ -194,7 +194,8 @@ def _members(stored: StoredAdapter) -> list[str]:
     if mixture is None:
         return []
     rows = [
-        f"{m.coefficient if m.coefficient is not None else 0:+.4f}  {m.name}  ({m.ref})"
+        f"{m.coefficient if m.coefficient is not None else 0:+.4f}  {m.name}"
+        + (f"  ({m.ref})" if m.ref != m.name else "")
         for m in mixture.members
     ]
     return [*rows, f"by {mixture.method}, seed {mixture.seed}: {mixture.verdict}"]

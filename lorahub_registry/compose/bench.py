@@ -41,6 +41,29 @@ class Means:
     start: Callable[[int], Executor] | None = None
 
 
+@contextmanager
+def singles(
+    recipe: Recipe,
+    base: LoadedBase,
+    members: Sequence[Member],
+    rows: Sequence[Encoded],
+    means: Means,
+) -> Iterator[Losses | None]:
+    """What measures single members by workers; None where one worker would be all."""
+    if means.jobs is None or means.jobs == 1:
+        yield None
+        return
+    assert means.place is not None
+    with Workers(means.jobs, means.start) as workers, tempfile.TemporaryDirectory() as scratch:
+        spec = Spec(
+            base=str(means.place), name=base.name, device=str(base.device), dtype=recipe.dtype,
+            adapters=tuple(str(m.folder) for m in members), form="delta", per="model",
+            layer_groups=1, slopes=False, population=1,
+            rows=tuple((row.prompt, row.output) for row in rows),
+        ).write(Path(scratch), "singles")  # fmt: skip
+        yield workers.singles(spec)
+
+
 class Bench:
     """The form over the members, measured on whatever rows are asked for; a context manager."""
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorahub_registry.adapters.compat import Member
-from lorahub_registry.compose.bench import Bench, Means
-from lorahub_registry.compose.forms import Form
+from lorahub_registry.compose.bench import Bench, Means, singles
+from lorahub_registry.compose.enough import check_rows, least_size
 from lorahub_registry.compose.learn import Learned, check_helps, learn
 from lorahub_registry.compose.screen import Screened, screen
+from lorahub_registry.compose.search import check_starts
 from lorahub_registry.compose.spread import spread_of
-from lorahub_registry.errors import DataError
 from lorahub_registry.evaluate.base import LoadedBase
 from lorahub_registry.evaluate.quiet import one_thread
 from lorahub_registry.evaluate.tokens import Encoded
@@ -101,24 +101,34 @@ def fit(
     Raises:
         NotApplied: no finite loss, or nothing is better than the base.
         DataError: too few rows, or rows that tell no candidates apart.
+        RecipeError: the optimizer cannot run here, or takes no such size or budget.
     """
     method, means = recipe.method, means or Means()
     assert isinstance(method, Learn | LoraHub)
+    tokens = sum(len(row.output) for row in train)
+    least = least_size(method, members)
+    check_rows(method, least, len(train), tokens)
     screened = None
     if method.screen is not None and method.screen.keep < len(members):
-        with one_thread() if means.jobs else nullcontext():
+        # Screening costs a pass for every adapter; in vain where no search can follow.
+        check_starts(method, size=least, seed=recipe.seed)
+        with (
+            one_thread() if means.jobs else nullcontext(),
+            singles(recipe, base, members, train, means) as losses,
+        ):
             screened = screen(
-                base, members, train, method.screen.keep, journal=means.journal,
+                base, members, train, method.screen.keep, journal=means.journal, singles=losses,
                 progress=progress,
             )  # fmt: skip
         members = screened.kept
     with Bench(recipe, base, members, means) as bench:
         if means.jobs and means.jobs > 1 and not bench.parallel:
+            where = "after screening" if screened else "here"
             progress.warn(
-                f"--jobs {means.jobs} is of no use here: the search proposes one candidate at a "
+                f"--jobs {means.jobs} is of no use {where}: the search proposes one candidate at a "
                 "time (num_workers: 1)"
             )
-        warned = _check_rows(method, bench.form, train)
+        warned = check_rows(method, bench.form.size, len(train), tokens)
         for text in warned:
             progress.warn(text)
         with bench.losses("search", train) as losses:
@@ -146,33 +156,3 @@ def fit(
         spread,
         warned,
     )
-
-
-def _check_rows(method: Learn | LoraHub, form: Form, rows: Sequence[Encoded]) -> tuple[str, ...]:
-    """Whether the rows carry so many coefficients.
-
-    Returns:
-        What there is to warn of.
-
-    Raises:
-        DataError: fewer rows than folds; or more coefficients than the rows have output tokens,
-            where each layer group or module has its own: the rows would not determine them.
-    """
-    if method.folds and method.folds > len(rows):
-        raise DataError(
-            f"folds: {method.folds} needs as many training rows, and there are {len(rows)}",
-            hint="give more rows, or fewer folds",
-        )
-    tokens = sum(len(row.output) for row in rows)
-    if method.per != "model" and form.size > tokens:
-        raise DataError(
-            f"per: {method.per} has {form.size} coefficients, and {len(rows)} training rows with "
-            f"{tokens} output tokens do not determine them",
-            hint="give more rows, or take per: model or fewer layer_groups",
-        )
-    if form.size > len(rows):
-        return (
-            f"{form.size} coefficients are learned from {len(rows)} rows: more than they carry; "
-            "look at the spread (folds: 5) before trusting them",
-        )
-    return ()

@@ -10,11 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from lorahub_registry.adapters.compat import Member
+from lorahub_registry.adapters.facts import AdapterFacts
 from lorahub_registry.compose.forms import make_form
 from lorahub_registry.compose.journal import Journal, rows_digest
-from lorahub_registry.compose.objective import Coefficients, Loss, Measure
+from lorahub_registry.compose.objective import Coefficients, Loss, Losses, Measure
 from lorahub_registry.errors import NotApplied
 from lorahub_registry.evaluate.base import LoadedBase
 from lorahub_registry.evaluate.nll import score
@@ -48,6 +51,7 @@ def screen(
     keep: int,
     *,
     journal: Journal,
+    singles: Losses | None = None,
     progress: Progress = silent,
 ) -> Screened:
     """Keep the best ``keep`` of ``members`` on these rows.
@@ -55,14 +59,21 @@ def screen(
     The best single adapter is always kept. Where nothing more gains beside those kept, the places
     left go to the next best alone.
 
+    Args:
+        singles: measures adapters alone, given by their numbers; None: this process, one by one.
+
     Raises:
         NotApplied: no adapter alone gives a finite loss.
     """
     single, batches, known = [], base.batches(rows), rows_digest(rows)
     with progress.task("Screening, one by one", len(members), "adapter") as task:
+        here = _one_by_one(base, members, batches)
+        losses = journal.through(f"alone {known}", singles or here)
+        found = losses([(float(i),) for i in range(len(members))])
         for member in members:
             task.describe(member.name)
-            single.append(_alone(base, member, batches, journal, known))
+            nll = next(found).nll
+            single.append(nll if math.isfinite(nll) else math.inf)
             task.advance()
     order = [i for i in sorted(range(len(members)), key=single.__getitem__)
              if math.isfinite(single[i])]  # fmt: skip
@@ -83,16 +94,19 @@ def screen(
     )
 
 
-def _alone(
-    base: LoadedBase, member: Member, batches: Sequence[Batch], journal: Journal, known: str
-) -> float:
-    def measured(candidates: Sequence[Coefficients]) -> Iterator[Loss]:
-        if candidates:
-            with applied(base.model, load_deltas(member.folder, member.facts)):
-                yield Loss(score(base.model, batches).mean)
+def alone(model: Any, folder: Path, facts: AdapterFacts, batches: Sequence[Batch]) -> float:
+    """The NLL of the rows with one adapter at coefficient 1 on the base."""
+    with applied(model, load_deltas(folder, facts)):
+        return score(model, batches).mean
 
-    [loss] = journal.through(f"alone {member.name} {known}", measured)([(1.0,)])
-    return loss.nll if math.isfinite(loss.nll) else math.inf
+
+def _one_by_one(base: LoadedBase, members: Sequence[Member], batches: Sequence[Batch]) -> Losses:
+    def measured(numbers: Sequence[Coefficients]) -> Iterator[Loss]:
+        for [number] in numbers:
+            member = members[int(number)]
+            yield Loss(alone(base.model, member.folder, member.facts, batches))
+
+    return measured
 
 
 def _greedy(

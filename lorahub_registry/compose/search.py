@@ -13,7 +13,7 @@ import numpy as np
 from lorahub_registry.compose.objective import Coefficients
 from lorahub_registry.compose.stopping import Stop
 from lorahub_registry.errors import RecipeError
-from lorahub_registry.recipes.learned import Learn, LoraHub
+from lorahub_registry.recipes.learned import GRADIENT, Learn, LoraHub
 
 Values = Callable[[Sequence[Coefficients]], list[float]]
 
@@ -38,6 +38,34 @@ def ask_and_tell(
     Raises:
         RecipeError: the optimizer fails: it lacks a package, or takes no such size or budget.
     """
+    with _started(method, size, seed) as optimizer:
+        told = 0
+        while (end := stop()) is None:
+            asked = _ask(optimizer, method, told)
+            found = values([tuple(float(x) for x in candidate.value) for candidate in asked])
+            with _named(method.optimizer):
+                for candidate, objective in zip(asked, found, strict=True):
+                    optimizer.tell(candidate, objective)
+            told += len(asked)
+        with _named(method.optimizer):
+            recommended = optimizer.provide_recommendation().value
+    return tuple(float(x) for x in recommended), end
+
+
+def check_starts(method: Learn | LoraHub, *, size: int, seed: int) -> None:
+    """Whether the search proposes anything at all.
+
+    Raises:
+        RecipeError: as :func:`ask_and_tell`.
+    """
+    if method.optimizer != GRADIENT:
+        with _started(method, size, seed) as optimizer:
+            _ask(optimizer, method, 0)
+
+
+@contextmanager
+def _started(method: Learn | LoraHub, size: int, seed: int) -> Iterator[Any]:
+    """Nevergrad's optimizer, in the surroundings that it needs."""
     import nevergrad as ng  # takes half a second
 
     # COBYLA's thread may talk when all is over.
@@ -53,19 +81,13 @@ def ask_and_tell(
             optimizer = ng.optimizers.registry[method.optimizer](
                 parametrization=space, budget=method.budget, num_workers=method.num_workers
             )
-        told = 0
-        while (end := stop()) is None:
-            with _named(method.optimizer):
-                count = min(method.num_workers, method.budget - told)
-                asked = [optimizer.ask() for _ in range(count)]
-            found = values([tuple(float(x) for x in candidate.value) for candidate in asked])
-            with _named(method.optimizer):
-                for candidate, objective in zip(asked, found, strict=True):
-                    optimizer.tell(candidate, objective)
-            told += len(asked)
-        with _named(method.optimizer):
-            recommended = optimizer.provide_recommendation().value
-    return tuple(float(x) for x in recommended), end
+        yield optimizer
+
+
+def _ask(optimizer: Any, method: Learn | LoraHub, told: int) -> list[Any]:
+    with _named(method.optimizer):
+        count = min(method.num_workers, method.budget - told)
+        return [optimizer.ask() for _ in range(count)]
 
 
 def _one(number: Any) -> float:

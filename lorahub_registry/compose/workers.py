@@ -26,6 +26,7 @@ from lorahub_registry.errors import LoraregError
 
 Coefficients = Sequence[float]
 Measured = tuple[float, tuple[float, ...] | None]
+_Call = Callable[[str, Sequence[Coefficients]], list[Measured]]
 _DEATHS = 3
 
 
@@ -88,17 +89,25 @@ class Workers:
 
     def losses(self, spec: Path, copies: int = 1) -> Callable[[Sequence[Any]], Iterator[Loss]]:
         """What measures candidates under ``spec``, ``copies`` of them in one forward."""
+        return self._measuring(measure, spec, copies)
 
+    def singles(self, spec: Path) -> Callable[[Sequence[Any]], Iterator[Loss]]:
+        """What measures single adapters of ``spec``, given by their numbers."""
+        return self._measuring(measure_single, spec, 1)
+
+    def _measuring(
+        self, call: _Call, spec: Path, copies: int
+    ) -> Callable[[Sequence[Any]], Iterator[Loss]]:
         def measured(candidates: Sequence[Coefficients]) -> Iterator[Loss]:
             parts = [candidates[i : i + copies] for i in range(0, len(candidates), copies)]
-            for found in self._in_order(str(spec), parts):
+            for found in self._in_order(call, str(spec), parts):
                 for nll, slope in found:
                     yield Loss(nll, None if slope is None else tuple(slope))
 
         return measured
 
     def _in_order(
-        self, spec: str, parts: Sequence[Sequence[Coefficients]]
+        self, call: _Call, spec: str, parts: Sequence[Sequence[Coefficients]]
     ) -> Iterator[list[Measured]]:
         futures: dict[int, Future[list[Measured]]] = {}
         for wanted in range(len(parts)):
@@ -108,7 +117,7 @@ class Workers:
                     for i in range(wanted, len(parts)):
                         if i not in futures:
                             whole = [tuple(map(float, c)) for c in parts[i]]
-                            futures[i] = self._running().submit(measure, spec, whole)
+                            futures[i] = self._running().submit(call, spec, whole)
                     yield futures[wanted].result()
                     break
                 except BrokenExecutor:
@@ -194,6 +203,7 @@ class _Held(threading.local):
     def __init__(self) -> None:
         self.place: tuple[str, str, str] | None = None
         self.spec = ""
+        self.rows: tuple[str, Any, Any] = ("", None, None)
         self.base: Any = None
         self.measure: Measure | None = None
 
@@ -209,11 +219,39 @@ def measure(spec: str, candidates: Sequence[Coefficients]) -> list[Measured]:
     return [(loss.nll, loss.slope) for loss in _held.measure([tuple(c) for c in candidates])]
 
 
-def _load(path: str) -> None:
-    import torch
+def measure_single(spec: str, candidates: Sequence[Coefficients]) -> list[Measured]:
+    """The losses of adapters alone, given by their numbers in the spec; runs in a worker."""
+    from lorahub_registry.adapters.facts import read_facts
+    from lorahub_registry.compose.screen import alone
 
+    if _held.rows[0] != spec:
+        _held.rows = spec, *_begun(spec)
+    _, facts, rows = _held.rows
+    folders = [Path(facts["adapters"][int(number)]) for [number] in candidates]
+    return [(alone(_held.base.model, f, read_facts(f), rows), None) for f in folders]
+
+
+def _load(path: str) -> None:
     from lorahub_registry.adapters.facts import read_facts
     from lorahub_registry.compose.forms import make_form
+
+    spec, rows = _begun(path)
+    base = _held.base
+    adapters = [(Path(folder), read_facts(Path(folder))) for folder in spec["adapters"]]
+    form = make_form(
+        adapters, form=spec["form"], per=spec["per"], layer_groups=spec["layer_groups"],
+        device=base.device,
+    )  # fmt: skip
+    _held.measure = Measure(
+        base.model, form, rows, slopes=spec["slopes"], population=spec["population"]
+    ).__enter__()
+    _held.spec = path
+
+
+def _begun(path: str) -> tuple[dict[str, Any], Any]:
+    """The spec, read, and its rows on the device; its base is held from here on, and bare."""
+    import torch
+
     from lorahub_registry.evaluate.base import load_base
     from lorahub_registry.evaluate.tokens import Encoded
 
@@ -228,16 +266,5 @@ def _load(path: str) -> None:
             spec["base"], name=spec["name"], device=spec["device"], dtype=spec["dtype"]
         )
         _held.place = place
-    base = _held.base
-    adapters = [(Path(folder), read_facts(Path(folder))) for folder in spec["adapters"]]
-    form = make_form(
-        adapters, form=spec["form"], per=spec["per"], layer_groups=spec["layer_groups"],
-        device=base.device,
-    )  # fmt: skip
-    rows = base.batches(
-        [Encoded(prompt, output) for prompt, output in spec["rows"]], gradients=spec["slopes"]
-    )
-    _held.measure = Measure(
-        base.model, form, rows, slopes=spec["slopes"], population=spec["population"]
-    ).__enter__()
-    _held.spec = path
+    rows = [Encoded(prompt, output) for prompt, output in spec["rows"]]
+    return spec, _held.base.batches(rows, gradients=spec["slopes"])

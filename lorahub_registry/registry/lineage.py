@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from sqlalchemy import delete, insert, select
 from sqlalchemy.engine import Connection
 
@@ -11,10 +13,20 @@ from lorahub_registry.registry.records import MemberRecord, MixtureRecord
 from lorahub_registry.registry.schema import Adapter, Mixture, MixtureMember, Recipe
 
 
-def put(connection: Connection, adapter_id: int, mixture: MixtureRecord) -> None:
-    """Store how the adapter ``adapter_id`` came about, in place of what was stored before."""
+def put(
+    connection: Connection, adapter_id: int, mixture: MixtureRecord, known: Mapping[str, int]
+) -> None:
+    """Store how the adapter ``adapter_id`` came about, in place of what was stored before.
+
+    Args:
+        known: member name → its row; the others are looked for.
+    """
     members = [
-        vars(member) | {"adapter_id": _member(connection, member), "position": position}
+        vars(member)
+        | {
+            "adapter_id": known.get(member.name) or _member(connection, member),
+            "position": position,
+        }
         for position, member in enumerate(mixture.members)
     ]
     connection.execute(delete(Mixture).where(Mixture.adapter_id == adapter_id))

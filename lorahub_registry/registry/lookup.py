@@ -12,6 +12,7 @@ from sqlalchemy.engine import Connection
 
 from lorahub_registry.errors import AmbiguousRef, UnknownRef, UsageError
 from lorahub_registry.refs import AdapterRef, expand, looks_like_path
+from lorahub_registry.registry import families
 from lorahub_registry.registry.schema import Adapter, Mixture, Repo
 
 _SHOWN = 8
@@ -30,8 +31,11 @@ _COLUMNS = (
 )
 
 
-def find(connection: Connection, ref: str) -> int:
+def find(connection: Connection, ref: str, base: str | None = None) -> int:
     """The id of the adapter that ``ref`` means.
+
+    Args:
+        base: of several that have one plain name, those that answer to this base are meant.
 
     Raises:
         UnknownRef: nothing is called so; the hint names what is nearest.
@@ -44,6 +48,8 @@ def find(connection: Connection, ref: str) -> int:
         found = _by_place_or_path(connection, text)
     else:
         found = _by_name(connection, text)
+        if base is not None and len(found) > 1:
+            found = _answering(connection, found, base) or found
     if not found:
         raise _unknown(connection, text)
     if len(found) > 1:
@@ -114,6 +120,16 @@ def _by_name(connection: Connection, name: str) -> list[Any]:
     called = select(Mixture.adapter_id).where(Mixture.name == name)
     rows = _rows(connection, or_(Adapter.name == name, Adapter.id.in_(called)))
     return _current(rows)
+
+
+def _answering(connection: Connection, rows: Sequence[Any], base: str) -> list[Any]:
+    """Those of ``rows`` that a search on ``base`` would find."""
+    taken = families.matching(connection, base)
+    there = or_(Adapter.family_id.in_(taken.families), Adapter.base_id.in_(list(taken.single)))
+    ids = set(
+        connection.scalars(select(Adapter.id).where(Adapter.id.in_([r.id for r in rows]), there))
+    )
+    return [row for row in rows if row.id in ids]
 
 
 def _current(rows: Sequence[Any]) -> list[Any]:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 from sqlalchemy import ColumnElement, delete, func, insert, select, update
@@ -121,15 +121,24 @@ class Registry:
         with self._writing() as connection:
             self._writer(connection).put_repo(repo)
 
-    def add_mixture(self, record: AdapterRecord, mixture: MixtureRecord) -> StoredAdapter:
+    def add_mixture(
+        self,
+        record: AdapterRecord,
+        mixture: MixtureRecord,
+        fresh: Mapping[str, AdapterRecord] = MappingProxyType({}),
+    ) -> StoredAdapter:
         """Insert or update a composed adapter, with what it was made of.
 
         A member whose ``adapter_id`` is None is looked for by its digest and its ref.
+
+        Args:
+            fresh: member name → its record, of those to be indexed along with the mixture.
         """
         with self._writing() as connection:
-            [outcome] = self._writer(connection).put([record])
-            lineage.put(connection, outcome.id, mixture)
-            return self._load(connection, outcome.id)
+            *new, made = self._writer(connection).put([*fresh.values(), record])
+            ids = {name: outcome.id for name, outcome in zip(fresh, new, strict=True)}
+            lineage.put(connection, made.id, mixture, ids)
+            return self._load(connection, made.id)
 
     def remove(self, ref: str) -> StoredAdapter:
         """Forget an adapter (files stay); mixtures made of it keep its name and digest.
@@ -221,20 +230,21 @@ class Registry:
 
     # Reading
 
-    def get(self, ref: str) -> StoredAdapter:
+    def get(self, ref: str, *, base: str | None = None) -> StoredAdapter:
         """The adapter that ``ref`` means, with all that is known of it.
 
         Args:
             ref: ``owner/repo[/sub][@revision]`` (the beginning of a revision will do), a path, or
                 the plain name of an adapter or mixture. Without a revision it is the row at the
                 repo's current commit, else one whose files are here.
+            base: where several have that plain name, only those that answer to this base count.
 
         Raises:
             UnknownRef: nothing is called so.
             AmbiguousRef: several are.
         """
         with engine.reading(self._engine) as connection:
-            return self._load(connection, lookup.find(connection, ref))
+            return self._load(connection, lookup.find(connection, ref, base))
 
     def by_id(self, adapter_id: int) -> StoredAdapter:
         """The adapter of that row, as lineage names it."""

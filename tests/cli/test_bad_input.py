@@ -252,7 +252,7 @@ def test_lorahub_refuses_unequal_ranks_and_names_learn(lorareg, kitchen):
 def test_a_pickled_adapter_is_not_loaded(lorareg, kitchen):
     _pickled(kitchen / "loras/wide")
     said = _said(lorareg, kitchen)
-    assert "Error: wide: its weights are a pickle (./wide), which is never loaded" in said
+    assert f"Error: wide: its weights are a pickle ({kitchen / 'loras/wide'}), which is" in said
     assert "Hint: lorareg convert" in said
 
 
@@ -273,7 +273,7 @@ def test_an_adapter_of_no_known_name_names_the_nearest(lorareg, kitchen):
 
 def test_one_adapter_twice(lorareg, kitchen):
     said = _said(lorareg, kitchen, adapters=["./loras/plain", "loras/plain"])
-    assert "Error: ./plain stands twice among the adapters" in said
+    assert "Error: plain stands twice among the adapters" in said
 
 
 def test_a_search_that_finds_nothing(lorareg, kitchen):

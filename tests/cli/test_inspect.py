@@ -60,6 +60,19 @@ def test_show_weights_tells_every_module_to_a_program(lorareg, kitchen):
     assert shown == lorareg("show", "plain", "--json").json
 
 
+def test_show_weights_takes_a_folder_that_is_not_registered(lorareg, kitchen):
+    places = ("./loras/plain", "loras/plain", kitchen / "loras/plain")
+    shown = [lorareg("show", place, "--weights", "--json").json for place in places]
+    assert shown[0] == shown[1] == shown[2]
+    assert lorareg("list", "--json").json == []
+    assert shown[0]["added_at"] is None
+    assert "weights     norm" in lorareg("show", "./loras/plain", "--weights").out
+    lorareg("add", "loras")
+    known = lorareg("show", "plain", "--weights", "--json").json
+    assert shown[0] == known | {"added_at": None, "updated_at": None}
+    assert "no adapter at ./nowhere" in lorareg.fails("show", "./nowhere", "--weights")
+
+
 def test_show_weights_draws_the_norms_in_words(lorareg, kitchen):
     edit_tensors(
         kitchen / "loras/plain",

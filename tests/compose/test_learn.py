@@ -321,9 +321,9 @@ def test_progress_counts_candidates(tiny_llama: tiny.Tiny, optimizer: str) -> No
             assert text.startswith("best ")
 
     losses, _ = made_up()
-    method = Learn(budget=4, optimizer=optimizer)
+    method = Learn(budget=3, optimizer=optimizer)
     learn(losses, size=2, rows=1, method=method, seed=0, progress=Watcher())  # type: ignore[arg-type]
-    assert counted == [(4, 4.0)]
+    assert counted == [(3, 3.0)]
 
 
 def test_the_base_is_as_it_was_after_a_search(tiny_llama: tiny.Tiny) -> None:

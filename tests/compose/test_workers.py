@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,12 @@ from tests.compose.making import encoded, member, recipe
 METHOD = {"type": "learn", "budget": 18, "optimizer": "CMA", "num_workers": 4, "l1": 0.0}
 
 
-def fitted(model: tiny.Tiny, means: Means, method: dict[str, Any] | None = None) -> Fitted:
+def fitted(
+    model: tiny.Tiny, means: Means, method: dict[str, Any] | None = None,
+    kinds: Sequence[str] = ("plain", "wide"),
+) -> Fitted:  # fmt: skip
     base = model.base()
-    members = [member(model.adapter(kind)) for kind in ("plain", "wide")]
+    members = [member(model.adapter(kind)) for kind in kinds]
     rows = encoded(base, 6), encoded(base, 2, 6)
     return fit(recipe(method or METHOD, device="cpu"), members, base, *rows, means=means)
 
@@ -95,6 +98,35 @@ def test_another_executor_does_as_well(tiny_llama: tiny.Tiny, gradient: bool) ->
     assert there.learned == here.learned
     assert there.spread == here.spread
     assert workers._held.base is None, "each thread holds a base of its own, and this one none"
+
+
+class Counted(ThreadPoolExecutor):
+    """Remembers what it was asked for."""
+
+    calls: list[str] = []  # noqa: RUF012
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **more: Any) -> Future[Any]:
+        self.calls.append(fn.__name__)
+        return super().submit(fn, *args, **more)
+
+
+def test_workers_screen_to_the_same_bits(tiny_llama: tiny.Tiny, tmp_path: Path) -> None:
+    method = METHOD | {"screen": {"keep": 2}, "budget": 4, "init": 0.1}
+    kinds = ("plain", "wide", "same", "head")
+    here = fitted(tiny_llama, Means(jobs=1), method, kinds)
+    journal = Journal(tmp_path / "run.jsonl")
+    means = Means(journal, jobs=2, place=tiny_llama.folder, start=Counted)
+    there = fitted(tiny_llama, means, method, kinds)
+    assert here.screened is not None
+    assert there.screened == here.screened
+    assert len(set(here.screened.alone.values())) == 4
+    assert there.learned == here.learned
+    assert Counted.calls.count("measure_single") == 4
+    journal.close()
+    # What is known is not measured again.
+    means = Means(Journal(tmp_path / "run.jsonl"), jobs=2, place=tiny_llama.folder, start=Counted)
+    assert fitted(tiny_llama, means, method, kinds).screened == here.screened
+    assert Counted.calls.count("measure_single") == 4
 
 
 class Once(ThreadPoolExecutor):
