@@ -1,20 +1,30 @@
-"""Where a mixture is written: the old folder or the new one, nothing between."""
+"""Where results are written: the old folder or the new one, nothing between."""
 
 from __future__ import annotations
 
 import glob
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lorahub_registry.adapters.config import CONFIG_NAME
 from lorahub_registry.adapters.tensors import WEIGHTS_NAME
 from lorahub_registry.card import RECIPE_NAME, RESULTS_NAME, TRACE_NAME
 from lorahub_registry.errors import OutputError
 from lorahub_registry.lock import LOCK_NAME
+from lorahub_registry.progress import Progress
+
+if TYPE_CHECKING:
+    from lorahub_registry.weights.stream.part import Part
+
+REPORT_NAME = "lorareg.json"
+"""What made a folder, of what, and which files it holds: of models and adapters that streaming
+commands write."""
 
 MIXTURE_FILES = frozenset(
     {CONFIG_NAME, WEIGHTS_NAME, "README.md", RECIPE_NAME, LOCK_NAME, RESULTS_NAME, TRACE_NAME}
@@ -22,7 +32,7 @@ MIXTURE_FILES = frozenset(
 
 
 def check_output(out: Path, *, force: bool) -> None:
-    """Whether a mixture may be written to ``out``.
+    """Whether a result may be written to ``out``.
 
     Raises:
         OutputError: something is there, and ``force`` may not replace it.
@@ -30,17 +40,81 @@ def check_output(out: Path, *, force: bool) -> None:
     if not out.exists():
         return
     if not out.is_dir():
-        raise OutputError(f"{out} is a file", hint="name another folder as output.path")
+        raise OutputError(f"{out} is a file", hint="name another folder")
     inside = {p.name for p in out.iterdir()}
     if not inside:
         return
     if not force:
         raise OutputError(f"{out} exists and is not empty", hint="--force replaces it")
-    if foreign := sorted(inside - MIXTURE_FILES):
+    if foreign := sorted(inside - (_reported(out) or MIXTURE_FILES)):
         raise OutputError(
-            f"{out} holds {foreign[0]}, which no mixture has; --force will not delete it",
-            hint="name another folder as output.path",
+            f"{out} holds {foreign[0]}, which lorareg has not written; --force will not delete it",
+            hint="name another folder",
         )
+
+
+def _reported(out: Path) -> set[str]:
+    """The files that the report in ``out`` lists, itself among them; empty where there is none."""
+    try:
+        files = json.loads((out / REPORT_NAME).read_text("utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+    return {REPORT_NAME, *map(str, files)}
+
+
+@contextmanager
+def resumable(
+    out: Path, key: Mapping[str, Any], *, force: bool, progress: Progress, unit: str = "tensors"
+) -> Iterator[Part]:
+    """A folder to fill that becomes ``out`` at once at the end, and stays where the run is stopped.
+
+    Args:
+        key: all that decides what is written; the same command goes on where it was.
+        unit: what :meth:`Part.mark` counts.
+
+    Raises:
+        OutputError: the place cannot be written, or holds what may not be replaced.
+    """
+    from lorahub_registry.weights.stream.part import Part
+
+    out = Path(os.path.realpath(out))
+    check_output(out, force=force)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written: {error.strerror}") from None
+    with Part(out, key) as part:
+        if part.resumed:
+            progress.say(f"an earlier run was stopped: {part.resumed} {unit} are there already")
+        try:
+            yield part
+            folder = part.finished()
+            folder.chmod(0o755)
+            for file in folder.iterdir():
+                file.chmod(0o644)
+            check_output(out, force=force)
+            _put(folder, out)
+        except (KeyboardInterrupt, OSError, OutputError) as error:
+            if part.done:
+                progress.say(
+                    f"{len(part.done)} {unit} are kept in {part.folder.name}: the same command "
+                    "goes on from there"
+                )
+            else:
+                part.forget()
+            if isinstance(error, OSError):
+                raise OutputError(f"{out} cannot be written: {error.strerror or error}") from error
+            raise
+        except BaseException:
+            part.forget()
+            raise
+
+
+def write_report(folder: Path, facts: Mapping[str, Any], files: Collection[str] = ()) -> None:
+    """The report of what is in ``folder``; ``files`` are there, or will be."""
+    names = {p.name for p in folder.iterdir() if not p.name.startswith(".")} | set(files)
+    text = json.dumps({**facts, "files": sorted(names - {REPORT_NAME})}, indent=2)
+    (folder / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -66,7 +66,7 @@ def test_it_writes_a_whole_mixture_and_nothing_beside_it(lorareg, kitchen):
     lorareg("compose", kitchen.recipe())
     assert tree(kitchen / "out") == ["blend", *(f"blend/{name}" for name in LEARNED)]
     kept = yaml.safe_load((kitchen.out / "recipe.yaml").read_text())
-    assert [entry["ref"] for entry in kept["adapters"]] == ["./plain", "./wide"]
+    assert [entry["ref"] for entry in kept["adapters"]] == ["plain", "wide"]
     assert kept["base"] == "./tiny-llama"
     assert str(kitchen.folder) not in "".join(
         p.read_text("utf-8", errors="replace") for p in kitchen.out.iterdir()
@@ -200,8 +200,8 @@ def test_force_does_not_delete_what_is_no_mixture_s(lorareg, kitchen):
     kitchen.out.mkdir(parents=True)
     (kitchen.out / "thesis.tex").write_text("years of work")
     said = lorareg.fails("compose", kitchen.recipe(), "--force")
-    assert f"{kitchen.out} holds thesis.tex, which no mixture has" in said
-    assert "name another folder as output.path" in said
+    assert f"{kitchen.out} holds thesis.tex, which lorareg has not written" in said
+    assert "name another folder" in said
     assert (kitchen.out / "thesis.tex").read_text() == "years of work"
 
 
@@ -275,7 +275,7 @@ def test_a_search_in_a_recipe_takes_what_the_registry_finds(lorareg, kitchen):
     done = lorareg("compose", kitchen.recipe(adapters=[search]))
     assert "search took plain, rslora" in done.err
     kept = yaml.safe_load((kitchen.out / "recipe.yaml").read_text())
-    assert [entry["ref"] for entry in kept["adapters"]] == ["./plain", "./rslora"]
+    assert [entry["ref"] for entry in kept["adapters"]] == ["plain", "rslora"]
     assert "search" not in json.dumps(kept["adapters"])
 
 
@@ -339,7 +339,7 @@ def test_a_mixture_can_be_mixed_again(lorareg, kitchen):
     again["adapters"] += [{"ref": "blend", "coefficient": 0.5}]
     recipe = kitchen.recipe(name="again", **again | {"output": {"path": "out/again"}})
     done = lorareg("compose", recipe, "--json").json
-    assert [m["ref"] for m in done["members"]] == ["./plain", "./blend"]
+    assert [m["ref"] for m in done["members"]] == ["plain", "blend"]
 
 
 def test_a_mixture_s_own_recipe_is_valid(lorareg, kitchen):
@@ -354,7 +354,7 @@ def test_adapters_that_changed_since_they_were_indexed_are_indexed_again(lorareg
     before = lorareg("show", "plain", "--json").json["digest"]
     edit_tensors(kitchen / "loras/plain", lambda t: {k: v * 2 for k, v in t.items()})
     done = lorareg("compose", kitchen.recipe())
-    assert "plain: its files changed since it was indexed; indexed again" in done.err
+    assert "plain: its files changed since it was indexed; taken as they are now" in done.err
     assert lorareg("show", "plain", "--json").json["digest"] != before
 
 

@@ -1,0 +1,187 @@
+"""Two models of one architecture, parameter by parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lorahub_registry.errors import BaseModelError
+from lorahub_registry.weights.stream.checkpoint import Checkpoint, Stored
+from lorahub_registry.weights.stream.skeleton import Kind, Skeleton, read_skeleton
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One parameter of both models.
+
+    Attributes:
+        name: as the loaded model calls it.
+        module: the module that holds it; ``leaf`` is its name there (``weight``).
+        base, tuned: where it lies in each checkpoint.
+    """
+
+    name: str
+    module: str
+    leaf: str
+    kind: Kind
+    base: Stored
+    tuned: Stored
+
+    @property
+    def rows(self) -> int:
+        """How many rows both have; a scalar has one."""
+        return min(s.shape[0] if s.shape else 1 for s in (self.base, self.tuned))
+
+    @property
+    def resized(self) -> bool:
+        """Whether one of them has more rows: tokens were added, or taken away."""
+        return self.base.shape != self.tuned.shape
+
+
+@dataclass(frozen=True)
+class Models:
+    """Both models, their files mapped.
+
+    Attributes:
+        pairs: every floating-point parameter that both have.
+        rest: names of the tuned model's tensors that are in no pair: not numbers that can be
+            subtracted, or unknown to its architecture.
+    """
+
+    base: Checkpoint
+    tuned: Checkpoint
+    skeleton: Skeleton
+    pairs: tuple[Pair, ...]
+    rest: tuple[str, ...]
+
+    def difference(
+        self, pair: Pair, begin: int = 0, end: int | None = None, device: str = "cpu"
+    ) -> torch.Tensor:
+        """tuned − base, float32, rows ``begin`` to ``end`` of those that both have.
+
+        Raises:
+            BaseModelError: a number that is none, or infinite, in either model.
+        """
+        end = pair.rows if end is None else end
+        found = None
+        for part, (first, last) in self._parts(pair, begin, end):
+            base = self.base.rows(pair.base.info.name, first, last).to(device, torch.float32)
+            made = self.tuned.rows(pair.tuned.info.name, first, last).to(device, torch.float32)
+            made = made - base
+            if not torch.isfinite(made.sum()):
+                self._check(pair, first, last)
+            if (first, last) == (begin, end):
+                found = made
+            else:
+                if found is None:
+                    shape = (end - begin, *made.shape[1:])
+                    found = torch.empty(shape, device=device)
+                found[part] = made
+            self.base.forget(pair.base.info.name, first, last)
+            self.tuned.forget(pair.tuned.info.name, first, last)
+        assert found is not None
+        return found
+
+    def _parts(self, pair: Pair, begin: int, end: int) -> Iterator[tuple[slice, tuple[int, int]]]:
+        step = max(1, next(iter(pair.base.blocks()), (0, 1))[1])
+        if not pair.base.shape:
+            yield slice(0, 1), (0, 1)
+            return
+        for first in range(begin, end, step):
+            last = min(first + step, end)
+            yield slice(first - begin, last - begin), (first, last)
+
+    def _check(self, pair: Pair, begin: int, end: int) -> None:
+        for model, stored in ((self.base, pair.base), (self.tuned, pair.tuned)):
+            rows = model.rows(stored.info.name, begin, end).float()
+            if not torch.isfinite(rows).all():
+                raise BaseModelError(
+                    f"{stored.file}: {stored.info.name} holds NaN or infinity",
+                    hint="its training diverged, or the file is damaged",
+                )
+
+
+@contextmanager
+def open_models(base: Path, tuned: Path) -> Iterator[Models]:
+    """Both models, checked to be of one architecture.
+
+    Raises:
+        BaseModelError: one is no model; they differ in architecture (which tensors, which shapes);
+            a shard is missing or cut off; the tuned one is an adapter.
+    """
+    if (tuned / "adapter_config.json").is_file() and not (tuned / "config.json").is_file():
+        raise BaseModelError(
+            f"{tuned} is an adapter, not a tuned model",
+            hint="merge it into its base first (lorareg merge), or resize it (lorareg resize)",
+        )
+    one, other = read_skeleton(base), read_skeleton(tuned)
+    if one.model_type != other.model_type:
+        raise BaseModelError(
+            f"{tuned} is a {other.model_type}, {base} a {one.model_type}: they have no difference",
+            hint="name the model that the tuned one was trained from",
+        )
+    with Checkpoint(base) as first, Checkpoint(tuned) as second:
+        yield Models(first, second, other, *_paired(first, second, one, other))
+
+
+def _paired(
+    base: Checkpoint, tuned: Checkpoint, one: Skeleton, other: Skeleton
+) -> tuple[tuple[Pair, ...], tuple[str, ...]]:
+    here, there = one.stored(base.tensors), other.stored(tuned.tensors)
+    _same_names(base, tuned, here, there, other)
+    pairs, used = [], set()
+    for name in other.shapes:
+        if name not in here or name not in there:
+            continue
+        first, second = base.tensors[here[name]], tuned.tensors[there[name]]
+        if not (first.floating and second.floating):
+            continue
+        module, _, leaf = name.rpartition(".")
+        kind = other.kinds.get(module, "other")
+        _same_shape(base, tuned, name, first, second, one)
+        pairs.append(Pair(name, module, leaf, kind, first, second))
+        used.add(there[name])
+    return tuple(pairs), tuple(name for name in tuned.tensors if name not in used)
+
+
+def _same_names(
+    base: Checkpoint, tuned: Checkpoint, here: dict[str, str], there: dict[str, str], of: Skeleton
+) -> None:
+    for known, other, owner, lacks in (
+        (there, here, tuned.folder, base.folder),
+        (here, there, base.folder, tuned.folder),
+    ):
+        lacking = [n for n in known if n not in other]
+        if lacking:
+            more = f" and {len(lacking) - 1} more tensors" if len(lacking) > 1 else ""
+            raise BaseModelError(
+                f"{owner} has {lacking[0]}{more}, which {lacks} lacks",
+                hint="they are of different architectures, or a shard is not whole",
+            )
+    if not here:
+        raise BaseModelError(
+            f"{base.folder}: none of its tensors is one of a {of.model_type} as transformers "
+            "builds it"
+        )
+
+
+def _same_shape(
+    base: Checkpoint, tuned: Checkpoint, name: str, first: Stored, second: Stored, of: Skeleton
+) -> None:
+    if first.shape == second.shape:
+        return
+    kind = of.kinds.get(name.rpartition(".")[0])
+    # Tokens are rows, of embeddings and of the head.
+    vocabulary = kind == "embedding" or name.split(".")[-2:-1] in (["lm_head"], ["embed_out"])
+    if vocabulary and first.shape[1:] == second.shape[1:]:
+        return
+    raise BaseModelError(
+        f"{name} is {list(first.shape)} in {base.folder} and {list(second.shape)} in "
+        f"{tuned.folder}",
+        hint="they are of different architectures: name the model that the tuned one was "
+        "trained from",
+    )
