@@ -22,11 +22,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lorahub_registry.api.dare import dare
+    from lorahub_registry.api.extract import extract
     from lorahub_registry.api.find import pull, search, sync
     from lorahub_registry.api.index import add
     from lorahub_registry.api.lorahub import lorahub_inference, lorahub_learning
+    from lorahub_registry.api.merge import merge
     from lorahub_registry.api.mix import Mixture, compose
     from lorahub_registry.api.publish import card, push
+    from lorahub_registry.api.resize import resize
     from lorahub_registry.api.talk import Loaded, load
     from lorahub_registry.errors import LoraregError
     from lorahub_registry.registry.store import Registry
@@ -39,11 +43,15 @@ __all__ = [
     "add",
     "card",
     "compose",
+    "dare",
+    "extract",
     "load",
     "lorahub_inference",
     "lorahub_learning",
+    "merge",
     "pull",
     "push",
+    "resize",
     "search",
     "sync",
 ]
@@ -56,11 +64,15 @@ _WHERE = {
     "add": "api.index",
     "card": "api.publish",
     "compose": "api.mix",
+    "dare": "api.dare",
+    "extract": "api.extract",
     "load": "api.talk",
     "lorahub_inference": "api.lorahub",
     "lorahub_learning": "api.lorahub",
+    "merge": "api.merge",
     "pull": "api.find",
     "push": "api.publish",
+    "resize": "api.resize",
     "search": "api.find",
     "sync": "api.find",
 }

@@ -7,13 +7,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lorahub_registry.adapters.bases import infer_base
 from lorahub_registry.adapters.tensors import content_digest, read_header
 from lorahub_registry.errors import BaseModelError
 from lorahub_registry.progress import Progress, silent
 
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
 
@@ -33,6 +34,11 @@ class BaseFacts:
     revision: str | None = None
     digest: str | None = None
     bytes: int = 0
+
+    @property
+    def named(self) -> dict[str, str | None]:
+        """What identifies it in reports and keys."""
+        return {"name": self.name, "revision": self.revision, "digest": self.digest}
 
     def shape_of(self, module: str) -> tuple[int, ...] | None:
         """Shape of ``module``'s weight; None where the checkpoint calls it something else.
@@ -55,6 +61,11 @@ def read_base(folder: Path, *, name: str | None = None, revision: str | None = N
         BaseModelError: no model there.
     """
     if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise BaseModelError(
+                f"{folder} is an adapter, and a whole model is wanted here",
+                hint="merge it into its base first: lorareg merge",
+            )
         raise BaseModelError(
             f"{folder}: no config.json there, so no base model",
             hint="give the folder that save_pretrained wrote, or a Hub id",
@@ -67,18 +78,37 @@ def read_base(folder: Path, *, name: str | None = None, revision: str | None = N
 
 def weight_files(folder: Path) -> list[Path]:
     """The model's safetensors, sorted; empty where it has none (a ``.bin`` is never read)."""
-    index = folder / _INDEX
-    if index.is_file():
+    index = _read_index(folder)
+    if index is not None:
         try:
-            names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BaseModelError(f"{index}: cannot be read ({error})") from None
+            names = set(index["weight_map"].values())
+        except (KeyError, TypeError, AttributeError) as error:
+            raise BaseModelError(f"{folder / INDEX}: cannot be read ({error})") from None
         files = [folder / Path(str(name)).name for name in sorted(names)]
     else:
         files = [folder / _SINGLE] if (folder / _SINGLE).is_file() else []
     if missing := [f for f in files if not f.is_file()]:
         raise BaseModelError(f"{missing[0]}: a shard that the index names is not there")
     return files
+
+
+def index_metadata(folder: Path) -> dict[str, Any] | None:
+    """What the model's index says beside the map of its tensors; None where it has no index."""
+    index = _read_index(folder)
+    return None if index is None else dict(index.get("metadata") or {})
+
+
+def _read_index(folder: Path) -> dict[str, Any] | None:
+    path = folder / INDEX
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise BaseModelError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(found, dict):
+        raise BaseModelError(f"{path}: cannot be read (not an object)")
+    return found
 
 
 def base_digest(folder: Path, *, progress: Progress = silent) -> str:

@@ -34,7 +34,7 @@ _LORA_KEY = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])"
     r"(?:\.(?!weight\Z)[^.]+)?(?:\.weight)?\Z"
 )
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,11 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorahub_registry import __version__
 from lorahub_registry.adapters.config import CONFIG_NAME
 from lorahub_registry.adapters.tensors import WEIGHTS_NAME
 from lorahub_registry.card import RECIPE_NAME, RESULTS_NAME, TRACE_NAME
@@ -91,7 +93,7 @@ def resumable(
             folder = part.finished()
             folder.chmod(0o755)
             for file in folder.iterdir():
-                file.chmod(0o644)
+                file.chmod(0o755 if file.is_dir() else 0o644)
             check_output(out, force=force)
             _put(folder, out)
         except (KeyboardInterrupt, OSError, OutputError) as error:
@@ -108,6 +110,12 @@ def resumable(
         except BaseException:
             part.forget()
             raise
+
+
+def report_head(command: str, *libraries: str) -> dict[str, Any]:
+    """How every report begins: what made it, and by which versions of what."""
+    versions = {name: version(name) for name in ("torch", "safetensors", *libraries)}
+    return {"command": command, "versions": {"lorareg": __version__, **versions}}
 
 
 def write_report(folder: Path, facts: Mapping[str, Any], files: Collection[str] = ()) -> None:

@@ -14,6 +14,7 @@ from lorahub_registry.cli.output import Output, clean, with_output
 
 if TYPE_CHECKING:
     from lorahub_registry.api.inspect import Comparison
+    from lorahub_registry.api.models import ModelDifference
     from lorahub_registry.weights.compare import Pair
     from lorahub_registry.weights.inspect import Weights
 
@@ -26,10 +27,11 @@ _DROWNED = 0.9  # from here on the softer one's skill was lost, see weights/comp
 @click.argument("refs", nargs=-1, required=True, metavar="REF REF…")
 @with_output
 def compare(refs: tuple[str, ...], out: Output) -> None:
-    """See which adapters get into each other's way, before mixing them.
+    """See how adapters get on, or what differs between two models.
 
-    REF is a folder, a name, or a Hub ref that was pulled; two or more. Nothing is run: all comes
-    from the adapters' own factors.
+    Which adapter gets into another's way, before they are mixed: REF is a folder, a name, or a Hub ref that was pulled; two or more. Nothing is run: all comes
+    from the adapters' own factors. Of two models, the base first, it tells what was changed, module
+    by module, and how well an extracted LoRA would hold it.
 
     Interference of B on A: for inputs that A's modules read, how loud B answers there, as a
     multiple of A's own answer. On two small models, adapters that felt 0.9 or more lost their
@@ -45,13 +47,24 @@ def compare(refs: tuple[str, ...], out: Output) -> None:
     Examples:
       lorareg compare zog upper
       lorareg compare ./adapters/zog ./adapters/arr ./adapters/upper --json
+      lorareg compare mistralai/Mistral-7B-v0.1 Open-Orca/Mistral-7B-OpenOrca
     """
     if len(refs) < 2:
         raise click.UsageError("one adapter alone cannot be compared: name two or more")
     from lorahub_registry.api.inspect import compare as run
+    from lorahub_registry.api.models import difference, is_model
     from lorahub_registry.registry.store import Registry
 
     with Registry(progress=out) as registry:
+        whole = [ref for ref in refs if is_model(ref, registry)]
+        if whole:
+            if len(whole) < len(refs) or len(refs) > 2:
+                raise click.UsageError(
+                    f"{whole[0]} is a model: it is compared with one other model, not with an "
+                    "adapter"
+                )
+            _print_models(difference(*refs, registry=registry, progress=out), out)
+            return
         found = run(refs, registry=registry, progress=out)
     ordered = _ordered(found)
     lines = [f"{clean(on)} {clean(by)} {_number(felt)}" for felt, on, by, _ in ordered]
@@ -104,6 +117,33 @@ def weights_page(weights: Weights) -> str:
     norms = {name: m.norm for name, m in modules.items()}
     picture = _strips(norms, notes, f"{'norm':>7} {'eff. rank':>9}")
     return "\n".join([title, rank, energy, *picture])
+
+
+def _print_models(found: ModelDifference, out: Output) -> None:
+    """Two models: the difference's norms as a picture, and what a LoRA of it would keep."""
+    kept = found.kept
+    facts = {
+        "base": found.base,
+        "tuned": found.tuned,
+        "kept_by_rank": {str(rank): share for rank, share in kept.items()},
+        "outside": found.outside,
+        "rest": found.rest,
+        **weights_facts(found.weights),
+    }
+    for module in facts["modules"]:
+        module["relative_norm"] = found.relative[module["name"]]
+    middle = sorted(found.relative.values())[len(found.relative) // 2]
+    lines = [
+        f"difference  {clean(found.tuned)} - {clean(found.base)}",
+        weights_page(found.weights),
+        f"relative    {middle:.2%} of the base's norm in the middle module",
+        f"outside     {found.outside:.2%} of the energy"
+        + (f": {found.words}" if found.words else ""),
+        "extraction  "
+        + ", ".join(f"rank {rank} keeps {share:.1%}" for rank, share in kept.items()),
+    ]
+    quiet = "\n".join(f"{rank} {share:.4f}" for rank, share in kept.items())
+    out.record(facts, "\n".join(lines), quiet=quiet)
 
 
 def _facts(found: Comparison) -> dict[str, Any]:

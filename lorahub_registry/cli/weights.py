@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import click
 
+from lorahub_registry.cli.dare import dare
+from lorahub_registry.cli.factors import extract, resize
 from lorahub_registry.cli.inspect import compare
+from lorahub_registry.cli.merge import merge
 from lorahub_registry.cli.output import Output, with_output
 
 
@@ -34,4 +37,4 @@ def convert(place: str, timeout_s: float, out: Output) -> None:
     out.done("written and indexed; the .bin is still there")
 
 
-COMMANDS: list[click.Command] = [compare, convert]
+COMMANDS: list[click.Command] = [compare, convert, extract, resize, dare, merge]

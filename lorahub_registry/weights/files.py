@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorahub_registry.adapters.config import CONFIG_NAME
-from lorahub_registry.adapters.facts import AdapterFacts
+from lorahub_registry.adapters.facts import PREFIX, AdapterFacts
 from lorahub_registry.adapters.tensors import WEIGHTS_NAME, Header, TensorInfo, read_header
 from lorahub_registry.errors import BrokenAdapter, IncompatibleAdapters
 from lorahub_registry.weights.lowrank import Deltas, LowRank
@@ -146,38 +146,74 @@ def save_adapter(
     Args:
         folder: exists already.
         dtype: of the written tensors, ``float32``, ``float16`` or ``bfloat16``.
+        all_modules, fan_in_fan_out: see :func:`save_config`.
+    """
+    tensors = {}
+    for name, delta in deltas.items():
+        a, b = factor_keys(name, delta.kind)
+        tensors[a] = delta.a.to(DTYPES[dtype]).contiguous()
+        tensors[b] = delta.b.to(DTYPES[dtype]).contiguous()
+    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    save_config(
+        folder,
+        {name: delta.rank for name, delta in deltas.items()},
+        base=base,
+        base_revision=base_revision,
+        task_type=task_type,
+        all_modules=all_modules,
+        fan_in_fan_out=fan_in_fan_out,
+    )
+
+
+def factor_keys(module: str, kind: str = "linear") -> tuple[str, str]:
+    """What PEFT's files call the A and the B of ``module``."""
+    key = f"{PREFIX}{module}.lora_"
+    a, b = ("embedding_A", "embedding_B") if kind == "embedding" else _LINEAR_KEYS
+    return key + a, key + b
+
+
+def save_config(
+    folder: Path,
+    ranks: Mapping[str, int],
+    *,
+    base: str,
+    base_revision: str | None,
+    task_type: str,
+    all_modules: Collection[str] = (),
+    fan_in_fan_out: bool = False,
+    bias: str = "none",
+    modules_to_save: Sequence[str] = (),
+) -> None:
+    """Write PEFT's config of adapters whose α is their rank: what they add is exactly B·A.
+
+    Args:
+        ranks: of each adapted module.
         all_modules: names of all the base's modules, adapted or not, so that targets can be
             written shortly where that means the same; without them every module is named in full.
+        fan_in_fan_out: the base's matrices are transformers' Conv1D.
+        bias, modules_to_save: as PEFT has them.
     """
-    ranks = {name: delta.rank for name, delta in deltas.items()}
     common = Counter(ranks.values()).most_common(1)[0][0]
-    others = {exact_pattern(name, deltas): rank for name, rank in ranks.items() if rank != common}
+    others = {exact_pattern(name, ranks): rank for name, rank in ranks.items() if rank != common}
     config: dict[str, Any] = {
         "alpha_pattern": others,
         "base_model_name_or_path": base,
-        "bias": "none",
+        "bias": bias,
         "fan_in_fan_out": fan_in_fan_out,
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": common,
         "lora_dropout": 0.0,
-        "modules_to_save": None,
+        "modules_to_save": sorted(modules_to_save) or None,
         "peft_type": "LORA",
         "r": common,
         "rank_pattern": others,
         "revision": base_revision,
-        "target_modules": short_targets(deltas, all_modules),
+        "target_modules": short_targets(ranks, all_modules),
         "task_type": task_type,
         "use_dora": False,
         "use_rslora": False,
     }
-    tensors = {}
-    for name, delta in deltas.items():
-        key = f"base_model.model.{name}.lora_"
-        a, b = ("embedding_A", "embedding_B") if delta.kind == "embedding" else _LINEAR_KEYS
-        tensors[key + a] = delta.a.to(DTYPES[dtype]).contiguous()
-        tensors[key + b] = delta.b.to(DTYPES[dtype]).contiguous()
-    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from lorahub_registry.progress import Progress, silent
-from lorahub_registry.weights.lowrank import Deltas, LowRank
+from lorahub_registry.weights.lowrank import Deltas, LowRank, effective_rank
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class ModuleWeights:
     Attributes:
         rank: of the factors.
         shape: (fan_out, fan_in).
-        singular_values: of ΔW, descending, at most ``rank`` many.
+        singular_values: of ΔW, descending, at most ``rank`` many; the leading ones where ΔW is a
+            matrix that was cut to this rank.
         norm: Frobenius norm of ΔW.
         effective_rank: see :meth:`LowRank.effective_rank`.
     """
@@ -129,7 +130,7 @@ def by_kind(modules: Iterable[str]) -> list[Row]:
 
 def energy_by_rank(modules: Sequence[ModuleWeights]) -> tuple[float, ...]:
     """Shares of the energy of all ``modules`` together, cut to rank 1, 2, …; empty for zeros."""
-    total = math.fsum(s * s for m in modules for s in m.singular_values)
+    total = math.fsum(m.norm**2 for m in modules)
     if not total > 0:
         return ()
     shares, kept = [], 0.0
@@ -165,14 +166,10 @@ def _ends(kind: str) -> list[str]:
 
 
 def _module(name: str, delta: LowRank) -> ModuleWeights:
-    # The core has all of ΔW's singular values; what is asked of it costs next to nothing.
-    core = delta.core()[1]
-    small = LowRank(torch.eye(core.shape[1], dtype=core.dtype, device=core.device), core)
-    return ModuleWeights(
-        name,
-        delta.rank,
-        delta.shape,
-        tuple(small.singular_values().tolist()),
-        small.norm(),
-        small.effective_rank(),
-    )
+    return replace(of_values(name, delta.shape, delta.singular_values()), rank=delta.rank)
+
+
+def of_values(name: str, shape: tuple[int, int], values: torch.Tensor) -> ModuleWeights:
+    """A module's delta by all of its singular values, descending; its rank is how many."""
+    norm, found = float(values.double().norm()), tuple(values.tolist())
+    return ModuleWeights(name, len(found), shape, found, norm, effective_rank(values))

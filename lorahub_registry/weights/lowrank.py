@@ -88,15 +88,20 @@ class LowRank:
         return torch.linalg.svdvals(self.core()[1])
 
     def effective_rank(self) -> float:
-        """How many directions share the energy: exp of the entropy of its shares; 0 for ΔW = 0.
+        """How many directions share the energy, see :func:`effective_rank`."""
+        return effective_rank(self.singular_values())
 
-        The definition of Roy & Vetterli (2007), with squared singular values as the shares: r equal
-        ones give r, a single one gives 1.
-        """
-        squares = self.singular_values().square()
-        if not (total := float(squares.sum())) > 0:
-            return 0.0
-        return math.exp(float(torch.special.entr(squares / total).sum()))
+
+def effective_rank(singular_values: torch.Tensor) -> float:
+    """How many directions share the energy: exp of the entropy of its shares; 0 for ΔW = 0.
+
+    The definition of Roy & Vetterli (2007), with squared singular values as the shares: r equal
+    ones give r, a single one gives 1.
+    """
+    squares = singular_values.double().square()
+    if not (total := float(squares.sum())) > 0:
+        return 0.0
+    return math.exp(float(torch.special.entr(squares / total).sum()))
 
 
 Deltas = Mapping[str, LowRank]

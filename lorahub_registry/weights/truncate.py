@@ -78,6 +78,7 @@ def truncate_dense(
     rank: int | None = None,
     energy: float | None = None,
     seed: int = 0,
+    exact: bool = False,
 ) -> Truncated:
     """The best approximation of a dense ΔW, its Frobenius error at most 1.001 times the least.
 
@@ -87,6 +88,7 @@ def truncate_dense(
         energy: the smallest rank that keeps this share of the squared Frobenius norm. With
             neither, its full rank.
         seed: of the directions that the search starts from.
+        exact: from all directions, however large the matrix.
 
     Returns:
         A delta of the matrix's dtype; what was cut off is measured, not estimated.
@@ -94,17 +96,28 @@ def truncate_dense(
     total = float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
     directions = None
     # Ritz values are rounded: next to a whole, only all directions tell what is left.
-    if total > 0 and min(matrix.shape) > SMALL and (energy is None or energy < 1 - 1e-6):
+    if (
+        not exact
+        and total > 0
+        and min(matrix.shape) > SMALL
+        and (energy is None or energy < 1 - 1e-6)
+    ):
         directions = _leading(matrix, total, rank, energy, seed)
     if directions is None:
         directions = _all(matrix, total, rank, energy)
     # The best approximation in these directions is the projection on them.
     b = matrix @ directions
-    lost = _distance(matrix, b, directions.T) ** 2 if total > 0 else 0.0
+    lost = distance(matrix, b, directions.T) ** 2 if total > 0 else 0.0
     size = b.norm(dim=0).clamp_min(torch.finfo(b.dtype).tiny)
     root = size.sqrt()
     made = LowRank((directions * root).T.contiguous(), (b / root).contiguous())
     return Truncated(made, total, min(lost, total))
+
+
+def singular_values(matrix: torch.Tensor) -> torch.Tensor:
+    """All of a dense matrix, descending, float64 on the CPU: roots of its Gram's eigenvalues."""
+    gram = _gram(matrix if matrix.shape[0] < matrix.shape[1] else matrix.T)
+    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt().cpu()
 
 
 def _rank(squares: torch.Tensor, total: float, rank: int | None, energy: float | None) -> int:
@@ -205,7 +218,7 @@ def _gram(rows: torch.Tensor, step: int = 4096) -> torch.Tensor:
     return found
 
 
-def _distance(matrix: torch.Tensor, b: torch.Tensor, a: torch.Tensor, step: int = 1024) -> float:
+def distance(matrix: torch.Tensor, b: torch.Tensor, a: torch.Tensor, step: int = 1024) -> float:
     """``‖matrix − b·a‖``, some rows at a time."""
     parts = []
     for begin in range(0, len(matrix), step):

@@ -9,6 +9,7 @@ import torch
 from lorahub_registry.api.inspect import compare, weights
 from tests.cli.conftest import edit_config, edit_tensors, tree
 from tests.hub.made import BASE, adapter, card
+from tests.weights import two
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -281,3 +282,35 @@ def test_from_python_without_a_registry_of_one_s_own(kitchen):
     found = compare([kitchen / "loras/plain", "./loras/wide"])
     assert found.names == ("plain", "wide")
     assert weights(kitchen / "loras/plain").norm == pytest.approx(found.pairs[0].norms[0])
+
+
+def test_two_models_are_compared_module_by_module(lorareg, tmp_path):
+    base = two.model("Llama")
+    tuned = two.tuned(base)
+    folders = two.save(base, tmp_path / "plain"), two.save(tuned, tmp_path / "tuned")
+    done = lorareg("compare", *folders)
+    assert done.lines[0] == "difference  tuned - plain"
+    assert "1 embedding, 5 norms, 1 head" in done.out
+    found = lorareg("compare", *folders, "--json").json
+    squares, lost = 0.0, 0.0
+    for module in found["modules"]:
+        weight = base.get_parameter(f"{module['name']}.weight").detach().double()
+        delta = tuned.get_parameter(f"{module['name']}.weight").detach().double() - weight
+        values = torch.linalg.svdvals(delta)
+        assert module["singular_values"] == pytest.approx(values.tolist(), rel=1e-4, abs=1e-6)
+        assert module["relative_norm"] == pytest.approx(float(delta.norm() / weight.norm()))
+        shares = values.square() / values.square().sum()
+        rank = float(torch.special.entr(shares).sum().exp())
+        assert module["effective_rank"] == pytest.approx(rank, rel=1e-4)
+        squares += float(values.square().sum())
+        lost += float(values[4:].square().sum())
+    assert len(found["modules"]) == 14
+    assert found["kept_by_rank"]["4"] == pytest.approx(1 - lost / squares, abs=1e-5)
+    assert found["kept_by_rank"]["256"] == 1.0
+    assert lorareg("compare", *folders, "--format", "quiet").lines[-1] == "256 1.0000"
+    assert "are the same, number by number" in lorareg.fails("compare", folders[0], folders[0])
+
+
+def test_a_model_is_not_compared_with_an_adapter(lorareg, tiny_llama, tmp_path):
+    words = "compare", tiny_llama.folder, tiny_llama.adapter("plain")
+    assert "is a model: it is compared with one other model" in lorareg.fails(*words, code=2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from types import TracebackType
 
 import torch
 
-from lorahub_registry.adapters.base_files import weight_files
+from lorahub_registry.adapters.base_files import index_metadata, weight_files
 from lorahub_registry.adapters.tensors import TensorInfo, read_header
 from lorahub_registry.errors import BaseModelError, BrokenAdapter
 
@@ -75,8 +75,12 @@ class Stored:
 class Checkpoint:
     """The tensors of the model in ``folder``; a context manager that holds its files' maps.
 
+    Args:
+        files: its safetensors, where they are not a model's.
+
     Attributes:
         files: its safetensors, in order; each with its header's metadata.
+        index: the metadata of its index; None where it has no index.
         tensors: by name, in the order of the files.
 
     Raises:
@@ -84,12 +88,13 @@ class Checkpoint:
             tensor of one name.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: Sequence[Path] | None = None) -> None:
         self.folder = folder
         self.files: dict[Path, dict[str, str]] = {}
+        self.index = index_metadata(folder) if files is None else None
         self.tensors: dict[str, Stored] = {}
         self._maps: dict[Path, mmap.mmap] = {}
-        for file in weight_files(folder):
+        for file in weight_files(folder) if files is None else files:
             try:
                 header = read_header(file)
             except BrokenAdapter as error:

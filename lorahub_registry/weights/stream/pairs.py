@@ -73,7 +73,7 @@ class Models:
             made = self.tuned.rows(pair.tuned.info.name, first, last).to(device, torch.float32)
             made = made - base
             if not torch.isfinite(made.sum()):
-                self._check(pair, first, last)
+                self.check(pair, first, last)
             if (first, last) == (begin, end):
                 found = made
             else:
@@ -95,7 +95,12 @@ class Models:
             last = min(first + step, end)
             yield slice(first - begin, last - begin), (first, last)
 
-    def _check(self, pair: Pair, begin: int, end: int) -> None:
+    def check(self, pair: Pair, begin: int, end: int) -> None:
+        """Whether rows ``begin`` to ``end`` are numbers in both models.
+
+        Raises:
+            BaseModelError: names the file and the tensor that holds NaN or infinity.
+        """
         for model, stored in ((self.base, pair.base), (self.tuned, pair.tuned)):
             rows = model.rows(stored.info.name, begin, end).float()
             if not torch.isfinite(rows).all():
@@ -110,20 +115,22 @@ def open_models(base: Path, tuned: Path) -> Iterator[Models]:
     """Both models, checked to be of one architecture.
 
     Raises:
-        BaseModelError: one is no model; they differ in architecture (which tensors, which shapes);
-            a shard is missing or cut off; the tuned one is an adapter.
+        BaseModelError: one is no model, or quantised; they differ in architecture (which tensors,
+            which shapes); a shard is missing or cut off.
     """
-    if (tuned / "adapter_config.json").is_file() and not (tuned / "config.json").is_file():
-        raise BaseModelError(
-            f"{tuned} is an adapter, not a tuned model",
-            hint="merge it into its base first (lorareg merge), or resize it (lorareg resize)",
-        )
     one, other = read_skeleton(base), read_skeleton(tuned)
     if one.model_type != other.model_type:
         raise BaseModelError(
             f"{tuned} is a {other.model_type}, {base} a {one.model_type}: they have no difference",
             hint="name the model that the tuned one was trained from",
         )
+    for folder, skeleton in ((base, one), (tuned, other)):
+        if skeleton.quantization:
+            method = skeleton.quantization.get("quant_method", "an unnamed method")
+            raise BaseModelError(
+                f"{folder} is quantised ({method}): packed numbers have no difference",
+                hint="name the model as it was before it was quantised",
+            )
     with Checkpoint(base) as first, Checkpoint(tuned) as second:
         yield Models(first, second, other, *_paired(first, second, one, other))
 
@@ -174,9 +181,9 @@ def _same_shape(
 ) -> None:
     if first.shape == second.shape:
         return
-    kind = of.kinds.get(name.rpartition(".")[0])
+    module = name.rpartition(".")[0]
     # Tokens are rows, of embeddings and of the head.
-    vocabulary = kind == "embedding" or name.split(".")[-2:-1] in (["lm_head"], ["embed_out"])
+    vocabulary = of.kinds.get(module) == "embedding" or module == of.head
     if vocabulary and first.shape[1:] == second.shape[1:]:
         return
     raise BaseModelError(

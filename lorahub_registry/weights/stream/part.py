@@ -85,8 +85,8 @@ class Part:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with self._lock, suppress(OSError):
-            self._flush()
+        with suppress(OSError):
+            self.flush()
         self._close()
 
     def before_marking(self, sync: Callable[[], None]) -> None:
@@ -99,8 +99,14 @@ class Part:
             self.done[name] = facts
             self._waiting.append(json.dumps([name, facts]) + "\n")
             self._weight += size
-            if self._weight >= _SYNC:
-                self._flush()
+            full = self._weight >= _SYNC
+        if full:
+            self.flush()
+
+    def flush(self) -> None:
+        """What was marked survives a kill of this process from here on."""
+        with self._lock:
+            self._flush()
 
     def finished(self) -> Path:
         """All is written: the journal goes, and the folder may take its place."""

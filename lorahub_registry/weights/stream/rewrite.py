@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ def copied(source: Checkpoint, name: str) -> Rewrite:
 def rewrite(
     part: Part,
     layout: Layout,
-    metadata: Mapping[str, Mapping[str, str]],
+    like: Checkpoint,
     tensors: Sequence[Rewrite],
     forget: Callable[[str, int, int], None],
     *,
@@ -55,7 +55,8 @@ def rewrite(
     """Write ``tensors`` into the part's folder, those that it has already left out.
 
     Args:
-        layout, metadata: of the files, see :class:`Shards`.
+        layout: of the files, see :class:`Shards`.
+        like: whose metadata they get, and an index where it has one.
         tensors: one for each that the layout names.
         forget: gives back what reading rows of a tensor took, once they are written.
 
@@ -66,7 +67,8 @@ def rewrite(
     sizes = {p.name: p.bytes for files in layout.values() for p in files}
     left = {t.name: len(t.blocks) for t in todo}
     lock = threading.Lock()
-    with Shards(part.folder, layout, metadata) as shards:
+    metadata = {file.name: found for file, found in like.files.items()}
+    with Shards(part.folder, layout, metadata, like.index) as shards:
         part.before_marking(shards.sync)
         with progress.task(title, sum(sizes[t.name] for t in todo), "B") as task:
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
+from lorahub_registry.adapters.base_files import INDEX
 from lorahub_registry.errors import OutputError
 from lorahub_registry.weights.stream.checkpoint import NAMES, Checkpoint
 
 _SEEKING = threading.Lock()  # where the system cannot write at a place without seeking it
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,21 @@ class Shards:
 
     Args:
         metadata: of each file's header, by file name.
+        index: the metadata of an index over all files; None: there is none.
 
     Raises:
         OutputError: the disk has no room for them, or they cannot be written.
     """
 
     def __init__(
-        self, folder: Path, layout: Layout, metadata: Mapping[str, Mapping[str, str]]
+        self,
+        folder: Path,
+        layout: Layout,
+        metadata: Mapping[str, Mapping[str, str]],
+        index: Mapping[str, Any] | None = None,
     ) -> None:
         self.layout = layout
+        self._index = index
         self._folder = folder
         self._heads = {file: _head(layout[file], metadata.get(file, {})) for file in layout}
         self._places: dict[str, tuple[str, int, Planned]] = {}
@@ -118,13 +124,14 @@ class Shards:
             os.fsync(handle)
 
     def finish(self) -> None:
-        """All is on the disk; more files than one get their index."""
+        """All is on the disk, the index, too."""
         self.sync()
-        if len(self.layout) == 1:
+        if self._index is None:
             return
         size = sum(t.bytes for tensors in self.layout.values() for t in tensors)
         names = {t.name: file for file, tensors in self.layout.items() for t in tensors}
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(names.items()))}
+        metadata = {**self._index, "total_size": size}
+        index = {"metadata": metadata, "weight_map": dict(sorted(names.items()))}
         (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def _close(self) -> None:

@@ -30,6 +30,7 @@ class Skeleton:
             it; of tied ones, the first name.
         tied: other name → the first name of the same parameter.
         task_type: PEFT's name for what the model does.
+        head: the module that makes the logits; None where the model has none.
         quantization: the config's ``quantization_config``, if any.
     """
 
@@ -38,6 +39,7 @@ class Skeleton:
     shapes: Mapping[str, tuple[int, ...]]
     tied: Mapping[str, str]
     task_type: str
+    head: str | None = None
     quantization: Mapping[str, Any] | None = None
 
     @cached_property
@@ -102,6 +104,7 @@ def read_skeleton(folder: Path) -> Skeleton:
         shapes={n: tuple(t.shape) for n, t in state.items() if n not in tied},
         tied=tied,
         task_type="SEQ_2_SEQ_LM" if getattr(config, "is_encoder_decoder", False) else "CAUSAL_LM",
+        head=next((n for n, m in named.items() if m is model.get_output_embeddings()), None),
         quantization=raw.get("quantization_config"),
     )
 

@@ -28,11 +28,15 @@ def spread(items: Iterable[_T], work: Callable[[_T], Any], *, workers: int | Non
     ended. An interrupt does the same.
     """
     workers = workers or cores()
-    if workers == 1:
-        for item in items:
-            work(item)
-        return
     threads = torch.get_num_threads()
+    if workers == 1:
+        torch.set_num_threads(1)
+        try:
+            for item in items:
+                work(item)
+        finally:
+            torch.set_num_threads(threads)
+        return
     stop = threading.Event()
 
     def one(item: _T) -> None:

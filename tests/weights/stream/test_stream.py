@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lorahub_registry.adapters.base_files import INDEX
 from lorahub_registry.errors import BaseModelError, OutputError
 from lorahub_registry.weights.stream import part as parts
 from lorahub_registry.weights.stream.checkpoint import Checkpoint
 from lorahub_registry.weights.stream.part import Part, unfinished
-from lorahub_registry.weights.stream.shards import INDEX, Planned, Shards, same_layout
+from lorahub_registry.weights.stream.shards import Planned, Shards, same_layout
 from lorahub_registry.weights.stream.work import spread
 
 KEY = {"command": "test"}
@@ -41,7 +42,9 @@ def model(tmp_path: Path) -> Path:
     weight_map = {
         n: f"model-0000{i}-of-00002.safetensors" for i, t in ((1, one), (2, two)) for n in t
     }
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / INDEX).write_text(
+        json.dumps({"metadata": {"total_parameters": 7}, "weight_map": weight_map})
+    )
     return folder
 
 
@@ -57,7 +60,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def copy(source: Checkpoint, folder: Path, elements: int) -> None:
     metadata = {file.name: meta for file, meta in source.files.items()}
-    with Shards(folder, same_layout(source), metadata) as shards:
+    with Shards(folder, same_layout(source), metadata, source.index) as shards:
         blocks = [(n, *b) for n, s in source.tensors.items() for b in s.blocks(elements)]
 
         def one(block: tuple[str, int, int]) -> None:
@@ -83,7 +86,9 @@ def test_a_copy_in_blocks_is_the_same_bit_by_bit(
     for name, tensor in before.items():
         assert after[name].dtype == tensor.dtype
         assert torch.equal(raw(after[name]), raw(tensor)), name
-    assert json.loads((out / INDEX).read_text())["weight_map"] == {
+    index = json.loads((out / INDEX).read_text())
+    assert index["metadata"]["total_parameters"] == 7
+    assert index["weight_map"] == {
         n: f"model-0000{1 if n in {'a', 'flag', 'half', 'tiny'} else 2}-of-00002.safetensors"
         for n in sorted(before)
     }

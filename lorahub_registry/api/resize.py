@@ -1,0 +1,89 @@
+"""Weights: an adapter of another rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from lorahub_registry.adapters.compat import check_sum
+from lorahub_registry.adapters.tensors import WEIGHTS_NAME
+from lorahub_registry.api.factored import (
+    Factored,
+    dtype_name,
+    named,
+    read_ranks,
+    write_factored,
+)
+from lorahub_registry.api.inspect import member_of, read
+from lorahub_registry.api.output import report_head
+from lorahub_registry.errors import NotApplied
+from lorahub_registry.progress import Progress, silent
+from lorahub_registry.registry.store import Registry
+
+
+def resize(
+    ref: str | Path,
+    out: str | Path,
+    *,
+    rank: int | Literal["full"] | None = None,
+    energy: float | None = None,
+    max_bytes: int | None = None,
+    dtype: str = "auto",
+    plot_to: Path | None = None,
+    force: bool = False,
+    registry: Registry | None = None,
+    progress: Progress = silent,
+) -> Factored:
+    """Write an adapter whose deltas are the nearest of another rank; α is that rank.
+
+    Args:
+        ref: a folder, a registered name or a Hub ref that was pulled.
+        rank, energy, max_bytes: see :func:`lorahub_registry.api.extract.extract`; ``full`` keeps
+            all, with α and the rank made one.
+        dtype: of the factors; ``auto``: as they are stored.
+
+    Raises:
+        IncompatibleAdapters: it is no plain LoRA, so that its deltas are not all of it.
+        UsageError, UnknownRef, BrokenAdapter, OutputError: as their names say.
+    """
+    if registry is None:
+        with Registry(progress=progress) as opened:
+            return resize(
+                ref, out, rank=rank, energy=energy, max_bytes=max_bytes, dtype=dtype,
+                plot_to=plot_to, force=force, registry=opened, progress=progress,
+            )  # fmt: skip
+    from lorahub_registry.weights.files import DTYPES
+    from lorahub_registry.weights.resize import Stored
+    from lorahub_registry.weights.stream.checkpoint import Checkpoint
+
+    ranks = read_ranks(rank, energy, max_bytes)
+    member = member_of(str(ref), registry)
+    check_sum([member])
+    record = read(ref, registry=registry).record
+    with Checkpoint(member.folder, [member.folder / WEIGHTS_NAME]) as file:
+        first = file.tensors[member.facts.modules[0].key_a]
+        kind = dtype if dtype != "auto" else dtype_name(first.dtype)
+        facts = {
+            **report_head("resize"),
+            "adapter": {"name": member.name, "digest": record.digest},
+            "base": {"name": record.base.name, "revision": record.base.revision},
+            "options": {**named(ranks), "dtype": kind},
+        }  # fmt: skip
+        sources = [Stored(file, m, DTYPES[kind]) for m in member.facts.modules]
+        if not any(source.spectrum(1)[0] for source in sources):
+            raise NotApplied(f"{member.name} changes nothing: all its deltas are zero")
+        return write_factored(
+            Path(out),
+            sources,
+            ranks,
+            DTYPES[kind],
+            facts,
+            base=record.base,
+            task_type=member.facts.config.task_type or "CAUSAL_LM",
+            fan_in_fan_out=member.facts.config.fan_in_fan_out,
+            title="Resizing",
+            plot_to=plot_to,
+            force=force,
+            registry=registry,
+            progress=progress,
+        )

@@ -1,0 +1,262 @@
+"""The rows of a merged weight: ``W + Σ cᵢsᵢBᵢAᵢ`` in float32, rounded once, and what that lost."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorahub_registry.adapters.facts import AdapterFacts
+from lorahub_registry.adapters.tensors import WEIGHTS_NAME, read_header
+from lorahub_registry.errors import BaseModelError, BrokenAdapter
+from lorahub_registry.weights.lowrank import LowRank, weighted_sum
+from lorahub_registry.weights.stream.checkpoint import BLOCK, TORCH, Checkpoint
+
+TILE = 1 << 18
+"""Elements that are computed at once: they stay in the cache, and since every tensor has the same
+tiles however it is cut into blocks, neither blocks nor workers change a bit."""
+
+
+class AdapterFile:
+    """An adapter's tensors, read one at a time: a large adapter is larger than a large tensor.
+
+    Attributes:
+        modules: by name.
+        coefficient: of the whole adapter.
+    """
+
+    def __init__(self, name: str, folder: Path, facts: AdapterFacts, coefficient: float) -> None:
+        self.name, self.facts, self.coefficient = name, facts, coefficient
+        self.path = folder / WEIGHTS_NAME
+        self.modules = {m.name: m for m in facts.modules}
+        self._header = read_header(self.path)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Of a tensor."""
+        return self._header.tensors[key].shape
+
+    def rows(self, key: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
+        """Rows of a tensor in float32.
+
+        Raises:
+            BrokenAdapter: its type is no number's, or the file became shorter.
+        """
+        info = self._header.tensors[key]
+        dtype = TORCH.get(info.dtype)
+        if dtype is None or not dtype.is_floating_point:
+            raise BrokenAdapter(f"{self.path}: {key} is {info.dtype}, no floating-point type")
+        rows = info.shape[0] if info.shape else 1
+        end = rows if end is None else end
+        shape = (end - begin, *info.shape[1:]) if info.shape else ()
+        each = (info.end - info.begin) // max(1, rows)
+        data = bytearray(each * (end - begin))
+        if not data:
+            return torch.empty(shape)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self._header.data_start + info.begin + each * begin)
+            rest = memoryview(data)
+            while rest:
+                count = file.readinto(rest)
+                if not count:
+                    raise BrokenAdapter(f"{self.path}: became shorter while it was read")
+                rest = rest[count:]
+        return torch.frombuffer(data, dtype=dtype).view(shape).float()
+
+    def delta(self, module: str) -> LowRank:
+        """ΔW of a module, the scaling folded into B, the coefficient not."""
+        facts = self.modules[module]
+        b = self.rows(facts.key_b).mul_(facts.scaling)
+        kind = "embedding" if facts.kind == "embedding" else "linear"
+        return LowRank(self.rows(facts.key_a), b, kind)  # type: ignore[arg-type]
+
+    def check(self) -> bool:
+        """Whether any module's delta may be other than zero; every number is looked at.
+
+        Raises:
+            BrokenAdapter: a tensor holds NaN or infinity.
+        """
+        empty = set()
+        for key, info in self._header.tensors.items():
+            rows = info.shape[0] if info.shape else 1
+            step = max(1, BLOCK * rows // max(1, info.elements))
+            some = False
+            for begin in range(0, rows, step):
+                part = self.rows(key, begin, min(begin + step, rows))
+                total = part.abs().sum()
+                if not torch.isfinite(total) and not torch.isfinite(part).all():
+                    raise BrokenAdapter(
+                        f"{self.path}: {key} holds NaN or infinity",
+                        hint="leave this adapter out; its training diverged or the file is damaged",
+                    )
+                some = some or bool(total > 0)
+            if not some:
+                empty.add(key)
+        return any(m.scaling != 0 and not {m.key_a, m.key_b} & empty for m in self.modules.values())
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is done to one parameter.
+
+    Attributes:
+        module: whose it is, as the report names it.
+        turned: its rows are the delta's columns: of Conv1D and embeddings.
+        parts: (adapter, module there) of each delta; the adapter by its place among them.
+        whole: key of the first adapter's tensor that takes the parameter's place.
+        added: key of its tensor that is added, and times what (a bias of LoRA's own).
+        magnitude: key of DoRA's magnitudes, [fan_out] (arXiv:2402.09353).
+    """
+
+    module: str = field(compare=False)
+    turned: bool = False
+    parts: tuple[tuple[int, str], ...] = ()
+    whole: str | None = None
+    added: tuple[str, float] | None = None
+    magnitude: str | None = None
+
+
+@dataclass(frozen=True)
+class _Terms:
+    left: torch.Tensor | None = None  # [rows, ranks]
+    right: torch.Tensor | None = None  # [ranks, columns]
+    added: torch.Tensor | None = None  # [rows]
+    magnitude: torch.Tensor | None = None  # [rows]; of a turned weight the factor of its [columns]
+
+
+class Merged:
+    """One tensor of the base with its change, made in blocks by several threads.
+
+    Args:
+        name: of the base's tensor.
+        blocks: (begin, end) of its rows; of whole tiles.
+    """
+
+    def __init__(
+        self, source: Checkpoint, name: str, change: Change, adapters: Sequence[AdapterFile]
+    ) -> None:
+        self._source, self._name, self._change = source, name, change
+        self._adapters, self._stored = adapters, source.tensors[name]
+        shape = self._stored.shape
+        self._tile = max(1, TILE * shape[0] // max(1, self._stored.info.elements))
+        step = self._tile * max(1, BLOCK // TILE)
+        self.blocks = [(n, min(n + step, shape[0])) for n in range(0, shape[0], step)]
+        self._left = len(self.blocks)
+        self._lock = threading.Lock()
+        self._terms: _Terms | None = None
+        self._tiles: dict[int, tuple[float, float, bool]] = {}
+        # Float32 holds every number of the narrower types; a float64 base keeps its own.
+        self._dtype = torch.promote_types(self._stored.dtype, torch.float32)
+
+    def make(self, begin: int, end: int) -> torch.Tensor:
+        """The merged rows, of the base's dtype.
+
+        Raises:
+            BaseModelError: the base holds NaN or infinity, or its dtype cannot hold the sum.
+        """
+        with self._lock:
+            terms = self._terms = self._terms or self._read()
+        out = torch.empty((end - begin, *self._stored.shape[1:]), dtype=self._stored.dtype)
+        for first in range(begin, end, self._tile):
+            last = min(first + self._tile, end)
+            self._one(terms, first, last, out[first - begin : last - begin])
+        del terms
+        with self._lock:
+            self._left -= 1
+            if not self._left:
+                self._terms = None
+        return out
+
+    def facts(self) -> dict[str, Any]:
+        """The delta's norm, what rounding took of it (relative), and whether any number changed."""
+        norm, lost = (math.sqrt(math.fsum(t[i] for t in self._tiles.values())) for i in (0, 1))
+        return {
+            "module": self._change.module,
+            "delta_norm": norm,
+            "rounding_error": lost / norm if norm else 0.0,
+            "changed": any(changed for *_, changed in self._tiles.values()),
+        }
+
+    def _one(self, terms: _Terms, first: int, last: int, out: torch.Tensor) -> None:
+        base = self._source.rows(self._name, first, last)
+        was = base.to(self._dtype)
+        new, delta = self._sum(terms, first, last, was)
+        if terms.magnitude is not None:
+            if self._change.turned:
+                new = new * terms.magnitude
+            else:
+                norm = torch.linalg.vector_norm(new, dim=1)
+                new = new * (terms.magnitude[first:last] / norm)[:, None]
+            delta = None
+        delta = new - was if delta is None else delta
+        out.copy_(new)
+        # (rounded − W) − Δ: what the dtype could not hold of the delta.
+        error = out.to(self._dtype, copy=True).sub_(was).sub_(delta).flatten()
+        delta = delta.flatten()
+        norm2, error2 = float(torch.dot(delta, delta)), float(torch.dot(error, error))
+        if not math.isfinite(norm2 + error2):
+            self._explain(base, out)
+        # Where no number changed the error is −Δ itself, bit by bit.
+        self._tiles[first] = norm2, error2, error2 != norm2
+
+    def _sum(
+        self, terms: _Terms, first: int, last: int, was: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The sum, and the delta where that is all that is added to the base's rows."""
+        if self._change.whole is not None:
+            start = self._adapters[0].rows(self._change.whole, first, last).to(self._dtype)
+        else:
+            start = was
+        delta = terms.added[first:last] if terms.added is not None else None
+        if terms.left is not None and terms.right is not None:
+            delta = terms.left[first:last] @ terms.right
+        new = start if delta is None else start + delta
+        return new, None if start is not was else delta
+
+    def _read(self) -> _Terms:
+        change, adapters = self._change, self._adapters
+        left = right = added = magnitude = None
+        if change.parts:
+            deltas = [{"": adapters[i].delta(module)} for i, module in change.parts]
+            both = weighted_sum(deltas, [adapters[i].coefficient for i, _ in change.parts])[""]
+            both = both.to("cpu", self._dtype)
+            left, right = (both.a.T, both.b.T) if change.turned else (both.b, both.a)
+            left, right = left.contiguous(), right.contiguous()
+        if change.added is not None:
+            key, factor = change.added
+            added = adapters[0].rows(key).to(self._dtype) * factor
+        terms = _Terms(left, right, added)
+        if change.magnitude is None:
+            return terms
+        magnitude = adapters[0].rows(change.magnitude).to(self._dtype).flatten()
+        if change.turned:
+            magnitude = magnitude / self._column_norms(terms)
+        return _Terms(left, right, added, magnitude)
+
+    def _column_norms(self, terms: _Terms) -> torch.Tensor:
+        """‖W + ΔW‖ of every column: an output of Conv1D, a dimension of an embedding."""
+        total = torch.zeros(self._stored.shape[1], dtype=torch.float64)
+        rows = self._stored.shape[0]
+        for first in range(0, rows, self._tile):
+            last = min(first + self._tile, rows)
+            was = self._source.rows(self._name, first, last).to(self._dtype)
+            total += self._sum(terms, first, last, was)[0].double().square().sum(0)
+            self._source.forget(self._name, first, last)
+        return total.sqrt().to(self._dtype)
+
+    def _explain(self, base: torch.Tensor, out: torch.Tensor) -> None:
+        where = f"{self._stored.file}: {self._name}"
+        if not torch.isfinite(base.to(self._dtype)).all():
+            raise BaseModelError(
+                f"{where} holds NaN or infinity",
+                hint="its training diverged, or the file is damaged",
+            )
+        kind = str(out.dtype).removeprefix("torch.")
+        raise BaseModelError(
+            f"{where}: with the delta added it is beyond what {kind} holds",
+            hint="are the coefficients what you mean? A base in bfloat16 holds larger numbers",
+        )

@@ -1,0 +1,343 @@
+"""DARE: which entries stay, that chance is fair, and that a streamed model has the same ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from lorahub_registry.errors import BaseModelError, UsageError
+from lorahub_registry.weights.dare import CHUNK, PIECE, Drop
+from lorahub_registry.weights.stream.drop import drop_model
+from lorahub_registry.weights.stream.pairs import open_models
+from lorahub_registry.weights.stream.papers import copy_papers
+from lorahub_registry.weights.stream.part import Part
+from tests.weights import two
+
+
+def mask(drop: Drop, name: str, begin: int, end: int) -> torch.Tensor:
+    nothing = torch.zeros(PIECE)
+    pieces = [m(nothing[: last - first]) for first, last, m in drop.masks(name, begin, end)]
+    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.bool)
+
+
+def test_the_masks_of_a_seed_are_these_and_no_others() -> None:
+    found = mask(Drop(0.85, seed=3), "model.norm.weight", CHUNK - 500, CHUNK + 500)
+    digest = hashlib.sha256(found.numpy().tobytes()).hexdigest()
+    assert digest[:16] == "1443fddfe5769606"
+
+
+WHOLE: dict[float, torch.Tensor] = {}
+
+
+@given(st.integers(0, 2 * CHUNK + 9), st.integers(0, CHUNK + 9), st.sampled_from([0.0, 0.3, 0.85]))
+def test_any_part_of_a_mask_is_that_part_of_the_whole(begin: int, size: int, rate: float) -> None:
+    drop, end = Drop(rate, seed=1), 2 * CHUNK + 9
+    if rate not in WHOLE:
+        WHOLE[rate] = mask(drop, "a", 0, end)
+    stop = min(begin + size, end)
+    assert torch.equal(mask(drop, "a", begin, max(begin, stop)), WHOLE[rate][begin:stop])
+
+
+def test_masks_of_other_names_chunks_and_seeds_have_nothing_in_common() -> None:
+    n, p = CHUNK, 0.85
+    whole = mask(Drop(p), "a", 0, 2 * n)
+    ones = [whole[:n], whole[n:], mask(Drop(p), "b", 0, n), mask(Drop(p, seed=1), "a", 0, n)]
+    both, each = (1 - p) ** 2, 1 - p
+    for i, one in enumerate(ones):
+        # Five standard deviations of a share.
+        assert abs(one.double().mean() - each) < 5 * math.sqrt(each * p / n)
+        for other in ones[:i]:
+            shared = (one & other).double().mean()
+            assert abs(shared - both) < 5 * math.sqrt(both * (1 - both) / n)
+
+
+def test_the_mean_over_seeds_is_the_delta() -> None:
+    seeds, rate = 400, 0.85
+    delta = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    total = torch.zeros(64, 64, dtype=torch.float64)
+    for seed in range(seeds):
+        total += Drop(rate, seed=seed).apply("m", delta.clone()).double()
+    # An entry's mean has the standard deviation |d|·√(rate / ((1 − rate)·seeds)).
+    z = (total / seeds - delta) / delta.abs() / math.sqrt(rate / (1 - rate) / seeds)
+    assert abs(float(z.mean())) < 5 / 64
+    assert float(z.abs().max()) < 6
+    assert abs(float(z.square().mean()) - 1) < 5 * math.sqrt(2) / 64
+
+
+def test_rescaling_is_by_the_chance_that_is_drawn_with() -> None:
+    drop = Drop(0.9)
+    assert drop.scale == 2**32 / drop.below
+    assert drop.scale == pytest.approx(10, rel=1e-9)
+    assert Drop(0.9, rescale=False).scale == 1
+    assert Drop(1 - 2**-40).below == 1, "what stays cannot be rescaled by infinity"
+    one = torch.ones(1000)
+    assert set(Drop(0.75).apply("a", one).tolist()) == {0.0, 4.0}
+
+
+@pytest.mark.parametrize("rate", [1.0, -0.1, math.nan, math.inf])
+def test_a_rate_that_is_none_is_refused(rate: float) -> None:
+    with pytest.raises(UsageError, match=r"has to be in \[0, 1\)"):
+        Drop(rate)
+    with pytest.raises(UsageError, match="seed is -1"):
+        Drop(0.5, seed=-1)
+
+
+VALUES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1.5, -2.0, 1e-42, -3e-39, 1e30, 65505.0, 65504.0])
+
+
+@given(st.lists(VALUES, min_size=1, max_size=60), st.floats(0, 1, exclude_max=True))
+def test_by_magnitude_exactly_so_many_stay_and_of_equal_ones_the_first(
+    values: list[float], rate: float
+) -> None:
+    matrix = torch.tensor(values)
+    keep = round((1 - rate) * len(values))
+    order = sorted(range(len(values)), key=lambda i: (-abs(float(matrix[i])), i))
+    expected = torch.zeros_like(matrix)
+    expected[order[:keep]] = matrix[order[:keep]]
+    made = matrix.clone()
+    assert Drop(rate, "magnitude", rescale=False).thin("m", made) == keep
+    assert torch.equal(made, expected)
+
+
+def test_by_magnitude_ties_are_cut_where_pieces_meet() -> None:
+    n = CHUNK + PIECE + 5
+    matrix = torch.ones(n)
+    matrix[7] = 0.5
+    drop = Drop(1 - (CHUNK + 3) / n, "magnitude", rescale=False)
+    assert drop.thin("m", matrix) == CHUNK + 3
+    # One that is smaller lies among the first.
+    assert matrix[: CHUNK + 4].sum() == CHUNK + 3
+    assert not matrix[CHUNK + 4 :].any()
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> tuple[Path, Path]:
+    base = two.model("Llama")
+    return (
+        two.save(base, tmp_path / "base"),
+        two.save(two.tuned(base), tmp_path / "tuned", max_shard_size="20KB"),
+    )
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {n: t for f in sorted(folder.glob("*.safetensors")) for n, t in load_file(f).items()}
+
+
+def cast(folder: Path, dtype: torch.dtype) -> None:
+    for file in folder.glob("*.safetensors"):
+        held = {n: t.to(dtype) for n, t in load_file(file).items()}
+        save_file(held, file, metadata={"format": "pt"})
+
+
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    [file] = folder.glob("*.safetensors")
+    held = load_file(file)
+    change(held)
+    save_file(held, file, metadata={"format": "pt"})
+
+
+def stream(
+    base: Path, tuned: Path, drop: Drop, **more: Any
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The facts of a streamed run, and the tensors that it wrote."""
+    out = tuned.parent / "out"
+    with open_models(base, tuned) as opened, Part(out, {}) as part:
+        try:
+            facts = drop_model(opened, drop, part, **more)
+            return facts, tensors(part.folder)
+        finally:
+            part.forget()
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype
+        raw = [t.contiguous().reshape(-1).view(torch.uint8) for t in (tensor, other[name])]
+        assert torch.equal(*raw), name
+
+
+@pytest.mark.parametrize("strategy", ["random", "magnitude"])
+def test_a_streamed_model_is_base_and_the_dropped_delta(
+    strategy: Any, models: tuple[Path, Path]
+) -> None:
+    base, tuned = tensors(models[0]), tensors(models[1])
+    drop = Drop(0.6, strategy, seed=5)
+    facts, made = stream(*models, drop)
+    assert list(facts) == list(made)
+    for name, found in made.items():
+        delta = tuned[name] - base[name]
+        dropped = drop.apply(name, delta.clone())
+        assert torch.equal(found, base[name] + dropped), name
+        told = facts[name]
+        stays = dropped != 0
+        assert told["entries"] == delta.numel()
+        assert told["kept"] == int(stays.sum())
+        assert told["norm"] == pytest.approx(float(delta.norm()), rel=1e-5)
+        share = float((delta * stays).norm() / delta.norm()) ** 2
+        assert told["energy_kept"] == pytest.approx(share, rel=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["random", "magnitude"])
+def test_neither_shards_order_blocks_nor_workers_change_it(
+    strategy: Any, models: tuple[Path, Path]
+) -> None:
+    base, tuned = models
+    drop = Drop(0.7, strategy, seed=2)
+    _, first = stream(base, tuned, drop, workers=1)
+    for block, workers in ((1, 2), (77, 3), (1 << 22, 2)):
+        same(stream(base, tuned, drop, block=block, workers=workers)[1], first)
+    held = tensors(tuned)
+    one = base.with_name("one")
+    shutil.copytree(tuned, one, ignore=shutil.ignore_patterns("*.safetensors*"))
+    save_file(dict(reversed(held.items())), one / "model.safetensors", metadata={"format": "pt"})
+    same(dict(sorted(stream(base, one, drop)[1].items())), dict(sorted(first.items())))
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("strategy", ["random", "magnitude"])
+def test_the_type_is_kept_and_rate_0_is_the_tuned_model(
+    strategy: Any, dtype: torch.dtype, models: tuple[Path, Path]
+) -> None:
+    for folder in models:
+        cast(folder, dtype)
+    same(stream(*models, Drop(0, strategy))[1], tensors(models[1]))
+    # What stays without rescaling is the tuned number itself, float32 or not.
+    base, tuned = tensors(models[0]), tensors(models[1])
+    drop = Drop(0.5, strategy, rescale=False)
+    for name, found in stream(*models, drop)[1].items():
+        assert found.dtype == dtype
+        delta = tuned[name].float() - base[name].float()
+        stays = drop.apply(name, delta.clone()) != 0
+        expected = torch.where(stays, tuned[name].float(), base[name].float())
+        assert torch.equal(found.float(), expected)
+
+
+def test_by_magnitude_nothing_may_stay_of_a_small_tensor(models: tuple[Path, Path]) -> None:
+    facts, made = stream(*models, Drop(0.999, "magnitude"))
+    name = "model.norm.weight"
+    assert facts[name]["kept"] == 0
+    assert torch.equal(made[name], tensors(models[0])[name])
+    assert facts["lm_head.weight"]["kept"] == round(0.001 * 71 * 32)
+
+
+def test_added_rows_are_copied_and_the_others_are_as_without_them(
+    models: tuple[Path, Path],
+) -> None:
+    base, tuned = models
+    drop = Drop(0.5, "magnitude", seed=4)
+    plain = stream(base, tuned, drop)[1]
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    more = torch.randn(3, 32)
+    for file in tuned.glob("*.safetensors"):
+        held = load_file(file)
+        for name in names:
+            if name in held:
+                held[name] = torch.cat([held[name], more])
+        save_file(held, file, metadata={"format": "pt"})
+    config = json.loads((tuned / "config.json").read_text())
+    (tuned / "config.json").write_text(json.dumps(config | {"vocab_size": 74}))
+    facts, made = stream(base, tuned, drop, block=64)
+    for name in names:
+        assert torch.equal(made[name][:71], plain[name])
+        assert torch.equal(made[name][71:], more)
+        assert facts[name]["entries"] == 71 * 32
+
+
+def test_a_tied_head_that_is_stored_twice_stays_tied(tmp_path: Path) -> None:
+    base = two.model("Qwen2")
+    folders = [two.save(m, tmp_path / n) for m, n in ((base, "b"), (two.tuned(base), "t"))]
+    head, table = "lm_head.weight", "model.embed_tokens.weight"
+    edit(folders[1], lambda held: held.update({head: held[table].clone()}))
+    made = stream(*folders, Drop(0.5))[1]
+    assert torch.equal(made[head], made[table])
+    assert not torch.equal(made[head], tensors(folders[1])[table])
+
+
+@pytest.mark.parametrize("name", ["GPT2", "T5", "Qwen2"])
+def test_a_written_model_of_another_architecture_loads_with_its_head_tied(
+    name: str, tmp_path: Path
+) -> None:
+    before = two.model(name)
+    base = two.save(before, tmp_path / "base")
+    tuned = two.save(two.tuned(before), tmp_path / "tuned", max_shard_size="30KB")
+    drop, out = Drop(0.5), tmp_path / "out"
+    with open_models(base, tuned) as opened, Part(out, {}) as part:
+        facts = drop_model(opened, drop, part)
+        copy_papers(tuned, part.folder)
+        loaded = type(before).from_pretrained(part.finished()).eval()
+    tables = loaded.get_input_embeddings().weight, loaded.get_output_embeddings().weight
+    assert tables[0].data_ptr() == tables[1].data_ptr()
+    held = dict(before.named_parameters())
+    changed = dict(two.tuned(before).named_parameters())
+    assert sum(part["entries"] for part in facts.values()) == sum(p.numel() for p in held.values())
+    for parameter, value in loaded.named_parameters():
+        delta = (changed[parameter] - held[parameter]).detach()
+        expected = held[parameter].detach() + drop.apply(parameter, delta)
+        assert torch.equal(value.detach(), expected), parameter
+    assert torch.isfinite(two.logits(loaded)).all()
+
+
+def test_equal_models_and_numbers_that_are_none_are_refused(models: tuple[Path, Path]) -> None:
+    base, tuned = models
+    with pytest.raises(BaseModelError, match="nothing to drop"):
+        stream(base, base, Drop(0.5))
+
+    def spoil(held: dict[str, torch.Tensor]) -> None:
+        held["model.layers.1.mlp.up_proj.weight"][3, 4] = math.nan
+
+    edit(base, spoil)
+    for strategy in ("random", "magnitude"):
+        with pytest.raises(BaseModelError, match=r"base/model\.safetensors: model\.layers\.1.*NaN"):
+            stream(base, tuned, Drop(0.5, strategy))  # type: ignore[arg-type]
+
+
+def test_a_number_that_outgrows_its_type_is_refused(models: tuple[Path, Path]) -> None:
+    edit(models[0], lambda held: held["model.norm.weight"].fill_(-60000))
+    for folder in models:
+        cast(folder, torch.float16)
+    with pytest.raises(BaseModelError, match=r"model\.norm\.weight: .* more than float16 holds"):
+        stream(*models, Drop(0.75))
+    stream(*models, Drop(0.75, rescale=False))
+
+
+def test_squares_beyond_float32_are_counted(models: tuple[Path, Path]) -> None:
+    edit(models[0], lambda held: held["model.norm.weight"].fill_(1e25))
+    facts, _ = stream(*models, Drop(0.5))
+    assert facts["model.norm.weight"]["norm"] == pytest.approx(1e25 * math.sqrt(32), rel=1e-6)
+
+
+def test_papers_are_copied_and_what_is_no_paper_is_not(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    wanted = {"config.json", "merges.txt", "tokenizer.model", "LICENSE", "chat_template.jinja"}
+    unwanted = {
+        "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin.index.json",
+        "tokenizer.pkl", "optimizer.pt", "trainer_state.json", "training_args.bin",
+        "adapter_config.json", "lorareg.json", ".hidden.json", "README.md", "modeling_x.py",
+    }  # fmt: skip
+    for folder in (source / "checkpoint.json", source / "additional_chat_templates", target):
+        folder.mkdir(parents=True)
+    for name in wanted | unwanted:
+        (source / name).write_text(name)
+    (source / "additional_chat_templates" / "tool.jinja").write_text("x")
+    (source / "link.json").symlink_to(source / "config.json")
+    found = copy_papers(source, target)
+    assert set(found) == wanted | {"link.json", "additional_chat_templates"}
+    assert sorted(found) == sorted(p.name for p in target.iterdir())
+    assert (target / "link.json").read_text() == "config.json"
+    assert not (target / "link.json").is_symlink()
+    assert (target / "additional_chat_templates" / "tool.jinja").is_file()
