@@ -29,9 +29,10 @@ _DROWNED = 0.9  # from here on the softer one's skill was lost, see weights/comp
 def compare(refs: tuple[str, ...], out: Output) -> None:
     """See how adapters get on, or what differs between two models.
 
-    Which adapter gets into another's way, before they are mixed: REF is a folder, a name, or a Hub ref that was pulled; two or more. Nothing is run: all comes
-    from the adapters' own factors. Of two models, the base first, it tells what was changed, module
-    by module, and how well an extracted LoRA would hold it.
+    Which adapter gets into another's way can be seen before they are mixed. REF is a folder, a
+    name, or a Hub ref that was pulled; two or more. Nothing is run: all comes from the adapters'
+    own factors. Of two models, the base first, it tells what was changed, module by module, and
+    how well an extracted LoRA would hold it.
 
     Interference of B on A: for inputs that A's modules read, how loud B answers there, as a
     multiple of A's own answer. On two small models, adapters that felt 0.9 or more lost their
