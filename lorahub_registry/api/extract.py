@@ -138,6 +138,16 @@ def two_models(
         yield models, one, other
 
 
+def warn_of_unknown(models: Models, progress: Progress) -> None:
+    """Name the tuned model's tensors that transformers would not load."""
+    if models.unknown:
+        more = f" and {len(models.unknown) - 1} more" if len(models.unknown) > 1 else ""
+        progress.warn(
+            f"not looked at, as no module of {models.tuned.folder.name} has it: "
+            f"{models.unknown[0]}{more}"
+        )
+
+
 def run(
     models: Models,
     base: ResolvedBase,
@@ -166,6 +176,7 @@ def run(
     from lorahub_registry.weights.files import DTYPES
     from lorahub_registry.weights.rest import look, saved
 
+    warn_of_unknown(models, progress)
     pairs = chosen(models, include, exclude)
     kind = dtype if dtype != "auto" else dtype_name(pairs[0].tuned.dtype)
     how = replace(how, dtype=DTYPES[kind])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorahub_registry.adapters.config import CONFIG_NAME
-from lorahub_registry.api.extract import two_models
+from lorahub_registry.api.extract import two_models, warn_of_unknown
 from lorahub_registry.errors import NotApplied, UnknownRef
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.refs import expand, looks_like_path
@@ -79,6 +79,7 @@ def difference(
     from lorahub_registry.weights.rest import in_words, look, summary
 
     with two_models(base, tuned, registry, progress) as (models, one, other):
+        warn_of_unknown(models, progress)
         pairs = chosen(models)
         modules, relative = [], {}
         with progress.task("Comparing", len(pairs), "module") as task:

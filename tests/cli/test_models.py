@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from lorahub_registry.weights.stream.part import unfinished
 from tests.cli.conftest import ROOT
@@ -85,3 +87,14 @@ def test_a_full_disk_is_told_and_the_old_output_stays(lorareg, tmp_path, command
     # With room again the same command does it, from wherever it was.
     lorareg(command, *words, "--out", out, "--force")
     assert not unfinished(out).exists()
+
+
+def test_tensors_that_no_module_has_are_told(lorareg, pair, tmp_path):
+    folders = [two.save(two.model("Llama"), tmp_path / name) for name in ("one", "other")]
+    for folder, size in zip(folders, (1.0, 2.0), strict=True):
+        tensors = load_file(folder / "model.safetensors")
+        tensors |= {"draft.weight": torch.full((3, 3), size), "draft.count": torch.arange(3)}
+        tensors["model.norm.weight"] = tensors["model.norm.weight"] * size
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    said = lorareg("compare", *folders).err
+    assert "not looked at, as no module of other has it: draft.weight\n" in said

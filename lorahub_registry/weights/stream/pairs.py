@@ -58,6 +58,12 @@ class Models:
     pairs: tuple[Pair, ...]
     rest: tuple[str, ...]
 
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """Names of ``rest`` that hold numbers and are no tied parameter under its other name."""
+        ends = {".".join(n.split(".")[i:]) for n in self.skeleton.tied for i in range(3)}
+        return tuple(n for n in self.rest if self.tuned.tensors[n].floating and n not in ends)
+
     def difference(
         self, pair: Pair, begin: int = 0, end: int | None = None, device: str = "cpu"
     ) -> torch.Tensor:
