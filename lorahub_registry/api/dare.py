@@ -120,8 +120,8 @@ def _drop_models(
     workers: int | None,
     progress: Progress,
 ) -> Dropped:
-    from lorahub_registry.weights.stream.drop import drop_model
-    from lorahub_registry.weights.stream.papers import copy_papers
+    from lorahub_registry.weights.drop import drop_model
+    from lorahub_registry.weights.papers import copy_papers
 
     with resumable(out, report, force=force, progress=progress) as part:
         report["tensors"] = drop_model(models, drop, part, workers=workers, progress=progress)

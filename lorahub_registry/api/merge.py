@@ -140,9 +140,10 @@ def _write(
     progress: Progress,
 ) -> dict[str, Any]:
     from lorahub_registry.weights.merge import plan
-    from lorahub_registry.weights.merged import TILE, AdapterFile
+    from lorahub_registry.weights.merged import TILE
+    from lorahub_registry.weights.papers import copy_papers
+    from lorahub_registry.weights.stream.adapter import AdapterFile
     from lorahub_registry.weights.stream.checkpoint import Checkpoint
-    from lorahub_registry.weights.stream.papers import copy_papers
     from lorahub_registry.weights.stream.rewrite import rewrite
 
     assert base.folder is not None

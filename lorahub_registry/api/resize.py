@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Literal
 
 from lorahub_registry.adapters.compat import check_sum
-from lorahub_registry.adapters.tensors import WEIGHTS_NAME
 from lorahub_registry.api.factored import (
     Factored,
     dtype_name,
@@ -54,36 +53,35 @@ def resize(
             )  # fmt: skip
     from lorahub_registry.weights.files import DTYPES
     from lorahub_registry.weights.resize import Stored
-    from lorahub_registry.weights.stream.checkpoint import Checkpoint
+    from lorahub_registry.weights.stream.adapter import AdapterFile
 
     ranks = read_ranks(rank, energy, max_bytes)
     member = member_of(str(ref), registry)
     check_sum([member])
     record = read(ref, registry=registry).record
-    with Checkpoint(member.folder, [member.folder / WEIGHTS_NAME]) as file:
-        first = file.tensors[member.facts.modules[0].key_a]
-        kind = dtype if dtype != "auto" else dtype_name(first.dtype)
-        facts = {
-            **report_head("resize"),
-            "adapter": {"name": member.name, "digest": record.digest},
-            "base": {"name": record.base.name, "revision": record.base.revision},
-            "options": {**named(ranks), "dtype": kind},
-        }  # fmt: skip
-        sources = [Stored(file, m, DTYPES[kind]) for m in member.facts.modules]
-        if not any(source.spectrum(1)[0] for source in sources):
+    file = AdapterFile(member.name, member.folder, member.facts)
+    with progress.task(f"Checking {member.name}"):
+        if not file.check():
             raise NotApplied(f"{member.name} changes nothing: all its deltas are zero")
-        return write_factored(
-            Path(out),
-            sources,
-            ranks,
-            DTYPES[kind],
-            facts,
-            base=record.base,
-            task_type=member.facts.config.task_type or "CAUSAL_LM",
-            fan_in_fan_out=member.facts.config.fan_in_fan_out,
-            title="Resizing",
-            plot_to=plot_to,
-            force=force,
-            registry=registry,
-            progress=progress,
-        )
+    kind = dtype if dtype != "auto" else dtype_name(file.dtype(member.facts.modules[0].key_a))
+    facts = {
+        **report_head("resize"),
+        "adapter": {"name": member.name, "digest": record.digest},
+        "base": {"name": record.base.name, "revision": record.base.revision},
+        "options": {**named(ranks), "dtype": kind},
+    }
+    return write_factored(
+        Path(out),
+        [Stored(file, m.name, DTYPES[kind]) for m in member.facts.modules],
+        ranks,
+        DTYPES[kind],
+        facts,
+        base=record.base,
+        task_type=member.facts.config.task_type or "CAUSAL_LM",
+        fan_in_fan_out=member.facts.config.fan_in_fan_out,
+        title="Resizing",
+        plot_to=plot_to,
+        force=force,
+        registry=registry,
+        progress=progress,
+    )

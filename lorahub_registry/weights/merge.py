@@ -20,7 +20,8 @@ import torch
 
 from lorahub_registry.adapters.facts import ModuleFacts
 from lorahub_registry.errors import BaseModelError, BrokenAdapter, IncompatibleAdapters
-from lorahub_registry.weights.merged import AdapterFile, Change, Merged
+from lorahub_registry.weights.merged import Change, Merged
+from lorahub_registry.weights.stream.adapter import AdapterFile
 from lorahub_registry.weights.stream.checkpoint import Checkpoint
 from lorahub_registry.weights.stream.rewrite import Rewrite, copied
 from lorahub_registry.weights.stream.shards import Planned, same_layout

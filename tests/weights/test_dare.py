@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from lorahub_registry.errors import BaseModelError, UsageError
 from lorahub_registry.weights.dare import CHUNK, PIECE, Drop
-from lorahub_registry.weights.stream.drop import drop_model
+from lorahub_registry.weights.drop import drop_model
+from lorahub_registry.weights.papers import copy_papers
 from lorahub_registry.weights.stream.pairs import open_models
-from lorahub_registry.weights.stream.papers import copy_papers
 from lorahub_registry.weights.stream.part import Part
 from tests.weights import two
 

@@ -647,8 +647,8 @@ def test_the_check_sees_a_damaged_file(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     base, terms = half(bases["llama"], tmp_path, dtype), {str(made("wide")): 1.0}
-    papers = "lorahub_registry.weights.stream.papers.copy_papers"
-    from lorahub_registry.weights.stream.papers import copy_papers
+    papers = "lorahub_registry.weights.papers.copy_papers"
+    from lorahub_registry.weights.papers import copy_papers
 
     def damaging(source: Path, target: Path) -> list[str]:
         state = load_file(target / "model.safetensors")

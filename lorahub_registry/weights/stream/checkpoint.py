@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,9 +75,6 @@ class Stored:
 class Checkpoint:
     """The tensors of the model in ``folder``; a context manager that holds its files' maps.
 
-    Args:
-        files: its safetensors, where they are not a model's.
-
     Attributes:
         files: its safetensors, in order; each with its header's metadata.
         index: the metadata of its index; None where it has no index.
@@ -88,13 +85,13 @@ class Checkpoint:
             tensor of one name.
     """
 
-    def __init__(self, folder: Path, files: Sequence[Path] | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files: dict[Path, dict[str, str]] = {}
-        self.index = index_metadata(folder) if files is None else None
+        self.index = index_metadata(folder)
         self.tensors: dict[str, Stored] = {}
         self._maps: dict[Path, mmap.mmap] = {}
-        for file in weight_files(folder) if files is None else files:
+        for file in weight_files(folder):
             try:
                 header = read_header(file)
             except BrokenAdapter as error:
