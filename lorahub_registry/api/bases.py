@@ -27,12 +27,19 @@ class ResolvedBase:
     folder: Path | None
     local: bool = False
 
+    @property
+    def key(self) -> dict[str, str | None]:
+        """What changes when it does, for those that go on where they were: its files' stamp."""
+        assert self.folder is not None
+        return {**self.facts.named, "stamp": base_stamp(self.folder)}
+
 
 def resolve_base(
     text: str,
     *,
     registry: Registry,
     beside: Path | None = None,
+    hashed: bool = True,
     progress: Progress = silent,
 ) -> ResolvedBase:
     """The base that ``text`` means, pulled where needed.
@@ -40,6 +47,8 @@ def resolve_base(
     Args:
         text: a path (counted from ``beside``), a Hub id, or a family name; ``@revision`` pins a
             Hub id.
+        hashed: its digest is wanted, though it may take a minute; otherwise it stands in the facts
+            only where it is known.
 
     Raises:
         AmbiguousRef: a family name that more than one known base answers to.
@@ -48,19 +57,19 @@ def resolve_base(
     """
     folder = expand(text, beside=beside)
     if looks_like_path(text) or (folder / "config.json").is_file():
-        return ResolvedBase(_facts(folder, None, None, registry, progress), folder, True)
+        return ResolvedBase(_facts(folder, None, None, registry, hashed, progress), folder, True)
     name, _, revision = text.partition("@")
     if "/" not in name:
         name = _by_family(name, registry)
     # A Hub id is asked of the Hub; only what has no owner may be a folder of the user's.
     if "/" not in name and (known := registry.base_folder(name)) is not None and not revision:
         progress.say(f"base {name}: {known}")
-        return ResolvedBase(_facts(known, name, None, registry, progress), known, True)
+        return ResolvedBase(_facts(known, name, None, registry, hashed, progress), known, True)
     from lorahub_registry.hub.base import pull_base
 
     settings = Settings.from_environment()
     folder, commit = pull_base(name, revision or None, settings=settings, progress=progress)
-    return ResolvedBase(_facts(folder, name, commit, registry, progress), folder)
+    return ResolvedBase(_facts(folder, name, commit, registry, hashed, progress), folder)
 
 
 def base_of(
@@ -84,12 +93,17 @@ def base_of(
 
 
 def _facts(
-    folder: Path, name: str | None, revision: str | None, registry: Registry, progress: Progress
+    folder: Path,
+    name: str | None,
+    revision: str | None,
+    registry: Registry,
+    hashed: bool,
+    progress: Progress,
 ) -> BaseFacts:
     """Facts with the digest, which is computed once for as long as the files do not change."""
     facts, stamp = read_base(folder, name=name, revision=revision), base_stamp(folder)
     digest = registry.known_digest(folder, stamp)
-    if digest is None:
+    if digest is None and hashed:
         digest = base_digest(folder, progress=progress)
         registry.remember_digest(folder, stamp, digest)
     return replace(facts, digest=digest)

@@ -108,7 +108,8 @@ def dare(
                 change=lambda pair, delta: drop.apply(pair.name, delta),
             )  # fmt: skip
             return Dropped(made.path, dict(made.report), made.adapter)
-        return _drop_models(models, drop, out, report, force, workers, progress)
+        key = report | {"base": first.key, "tuned": second.key}
+        return _drop_models(models, drop, out, report, key, force, workers, progress)
 
 
 def _drop_models(
@@ -116,6 +117,7 @@ def _drop_models(
     drop: Drop,
     out: Path,
     report: dict[str, Any],
+    key: dict[str, Any],
     force: bool,
     workers: int | None,
     progress: Progress,
@@ -123,7 +125,7 @@ def _drop_models(
     from lorahub_registry.weights.drop import drop_model
     from lorahub_registry.weights.papers import copy_papers
 
-    with resumable(out, report, force=force, progress=progress) as part:
+    with resumable(out, key, force=force, progress=progress) as part:
         report["tensors"] = drop_model(models, drop, part, workers=workers, progress=progress)
         report["total"] = _total(report["tensors"])
         copy_papers(models.tuned.folder, part.folder)

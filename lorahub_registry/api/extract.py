@@ -128,7 +128,9 @@ def two_models(
     from lorahub_registry.weights.stream.pairs import open_models
 
     found = [
-        resolve_base(str(ref), registry=registry, beside=Path.cwd(), progress=progress)
+        resolve_base(
+            str(ref), registry=registry, beside=Path.cwd(), hashed=False, progress=progress
+        )
         for ref in (base, tuned)
     ]
     one, other = found
@@ -217,6 +219,7 @@ def run(
         all_modules=models.skeleton.kinds.keys(),
         fan_in_fan_out=any(p.kind == "conv1d" for p in pairs),
         beside=besides,
+        key={"base": base.key, "tuned": tuned.key},
         title="Extracting",
         plot_to=plot_to,
         force=force,

@@ -69,6 +69,7 @@ def write_factored(
     base: BaseRecord,
     task_type: str,
     title: str,
+    key: Mapping[str, Any],
     all_modules: Collection[str] = (),
     fan_in_fan_out: bool = False,
     beside: Callable[[Part, Modules], Beside] = lambda part, modules: Beside({}),
@@ -80,7 +81,7 @@ def write_factored(
     """Cut every source, write the adapter, index it.
 
     Args:
-        facts: what the report opens with; all that decides the result is in it.
+        facts: what the report opens with; with ``key`` all that decides the result is in it.
         beside: asked when all modules are cut.
 
     Raises:
@@ -92,8 +93,8 @@ def write_factored(
 
     out = expand(str(out)).absolute()
     check_output(out, force=force)
-    key = {**facts, "modules": [source.module for source in sources]}
-    with resumable(out, key, force=force, progress=progress, unit="pieces") as part:
+    whole = {**facts, **key, "modules": [source.module for source in sources]}
+    with resumable(out, whole, force=force, progress=progress, unit="pieces") as part:
         modules = factorise(sources, ranks, dtype, part, title=title, progress=progress)
         more = beside(part, modules)
         told = {**_summary(modules), **more.told}

@@ -73,7 +73,7 @@ def merge(
     )
     members = [replace(m, coefficient=c) for m, (_, c) in zip(resolved.members, terms, strict=True)]
     _check_kinds(members)
-    found = resolve_base(str(base), registry=registry, progress=progress)
+    found = resolve_base(str(base), registry=registry, hashed=False, progress=progress)
     assert found.folder is not None
     if out.resolve() in {found.folder.resolve(), *(m.folder.resolve() for m in members)}:
         raise OutputError(f"{out} is what would be merged", hint="name another folder")
@@ -151,7 +151,7 @@ def _write(
         "command": "merge",
         "version": __version__,
         "tile": TILE,
-        "base": base.facts.digest,
+        "base": base.key,
         "config": file_sha256(base.folder / "config.json"),
         "adapters": [[m.digest, file_sha256(m.folder / CONFIG_NAME), m.coefficient]
                      for m in members],

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from lorahub_registry.adapters.compat import check_sum
+from lorahub_registry.adapters.config import CONFIG_NAME
+from lorahub_registry.adapters.tensors import file_sha256
 from lorahub_registry.api.factored import (
     Factored,
     dtype_name,
@@ -79,6 +81,7 @@ def resize(
         base=record.base,
         task_type=member.facts.config.task_type or "CAUSAL_LM",
         fan_in_fan_out=member.facts.config.fan_in_fan_out,
+        key={"config": file_sha256(member.folder / CONFIG_NAME)},
         title="Resizing",
         plot_to=plot_to,
         force=force,

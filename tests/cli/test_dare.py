@@ -47,7 +47,6 @@ def test_the_written_model_loads_and_is_neither_of_the_two(lorareg: Lorareg, mod
     assert set(bytes_of("out")) == {*files, "lorareg.json"}
     assert report["options"] == {"rate": 0.6, "strategy": "random", "rescale": True, "seed": 0}
     assert [report[of]["name"] for of in ("base", "tuned")] == ["small", "tuned"]
-    assert all(len(report[of]["digest"]) == 64 for of in ("base", "tuned"))
     assert str(Path.cwd()) not in Path("out/lorareg.json").read_text()
     total = report["total"]
     assert total["entries"] == sum(part["entries"] for part in report["tensors"].values())
