@@ -8,31 +8,29 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lorahub_registry.adapters.compat import Member, check_sum
-from lorahub_registry.adapters.facts import digest_of
+from lorahub_registry.adapters.compat import check_sum
+from lorahub_registry.adapters.config import CONFIG_NAME
+from lorahub_registry.adapters.tensors import file_sha256
 from lorahub_registry.api.extract import run, two_models
-from lorahub_registry.api.factored import read_ranks
-from lorahub_registry.api.inspect import member_of
-from lorahub_registry.api.output import (
-    check_output,
-    new_folder,
-    report_head,
-    resumable,
-    write_report,
+from lorahub_registry.api.factored import (
+    Beside,
+    Modules,
+    dtype_name,
+    read_ranks,
+    write_factored,
 )
-from lorahub_registry.errors import IncompatibleAdapters, UnknownRef, UsageError
+from lorahub_registry.api.output import check_output, report_head, resumable, write_report
+from lorahub_registry.api.resolve import resolve_refs
+from lorahub_registry.errors import IncompatibleAdapters, NotApplied, UsageError
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.refs import expand
-from lorahub_registry.registry.index import record_of_folder
-from lorahub_registry.registry.records import BaseRecord, StoredAdapter
+from lorahub_registry.registry.records import StoredAdapter
 from lorahub_registry.registry.store import Registry
 
 if TYPE_CHECKING:
     from lorahub_registry.weights.dare import Drop
-    from lorahub_registry.weights.lowrank import LowRank
     from lorahub_registry.weights.stream.pairs import Models
-
-_DTYPES = {"F16": "float16", "BF16": "bfloat16"}
+    from lorahub_registry.weights.stream.part import Part
 
 
 @dataclass(frozen=True)
@@ -76,13 +74,13 @@ def dare(
         strategy: ``random``, or ``magnitude`` for the smallest of every tensor.
         rescale: divide what stays by ``1 − rate``.
         seed: of the random masks.
-        to_lora: write no model but a LoRA of this rank of the dropped difference, as
-            :func:`lorahub_registry.api.extract.extract` does.
+        to_lora: write no model but a LoRA of this rank (``full`` loses nothing) of the dropped
+            difference, as :func:`lorahub_registry.api.extract.extract` does.
         force: replace what an earlier run wrote to ``out``.
         workers: threads; as many as there are cores by default. The result is the same for any.
 
     Raises:
-        UsageError: a rate or seed that is none.
+        UsageError: a rate, seed or rank that is none.
         BaseModelError: no model there, they are of different architectures or are one, one is
             quantized or holds NaN, or a rescaled number is more than its type holds.
         OutputError: the place cannot be written.
@@ -97,18 +95,21 @@ def dare(
     from lorahub_registry.weights.extract import How
 
     drop, out = Drop(rate, strategy, rescale, seed), expand(str(out))
+    how = None if to_lora is None else How(read_ranks(to_lora, None, None), seed=seed)
     check_output(out, force=force)
     with two_models(base, tuned, registry, progress) as (models, first, second):
+        folders = [models.base.folder, models.tuned.folder]
+        check_output(out, force=force, made_of=folders)
         report = _head(drop) | {"base": first.facts.named, "tuned": second.facts.named}
-        if to_lora is not None:
-            how = How(read_ranks(to_lora, None, None), seed=seed)
+        if how is not None:
             made = run(
                 models, first, second, out, how, dtype="auto", include=(), exclude=(), rest="tell",
                 plot_to=None, force=force, registry=registry, progress=progress, head=report,
                 change=lambda pair, delta: drop.apply(pair.name, delta),
             )  # fmt: skip
             return Dropped(made.path, dict(made.report), made.adapter)
-        key = report | {"base": first.key, "tuned": second.key}
+        configs = [file_sha256(folder / "config.json") for folder in folders]
+        key = report | {"base": first.key, "tuned": second.key, "configs": configs}
         return _drop_models(models, drop, out, report, key, force, workers, progress)
 
 
@@ -149,17 +150,19 @@ def dare_adapter(
     """Write the adapter with entries of every module's ΔW = B·A dropped, and enter it.
 
     What is left of ΔW is no longer of low rank: it is truncated to a rank again, and the report
-    states the error of that, as a share of the dropped delta's norm.
+    states the error of that and of rounding it to the adapter's type, as a share of the dropped
+    delta's norm. One module is in memory at a time; a run that is stopped goes on where it was.
 
     Args:
-        ref: a folder, a registered name or a Hub ref that was pulled.
+        ref: a folder, a registered name or a Hub ref; pulled where needed.
         rank: of every module; its own by default.
 
     Others as for :func:`dare`.
 
     Raises:
-        UnknownRef: it is not on this machine.
+        UnknownRef: there is none.
         IncompatibleAdapters: B·A is not all of it, or it changes nothing.
+        NotApplied: nothing stays, or the factors of what does are more than their type holds.
         UsageError, OutputError: as for :func:`dare`.
     """
     if registry is None:
@@ -169,75 +172,60 @@ def dare_adapter(
                 force=force, registry=opened, progress=progress,
             )  # fmt: skip
     from lorahub_registry.weights.dare import Drop
-    from lorahub_registry.weights.files import load_deltas, save_adapter
+    from lorahub_registry.weights.files import DTYPES
+    from lorahub_registry.weights.ranks import Ranks
+    from lorahub_registry.weights.stream.adapter import AdapterFile
+    from lorahub_registry.weights.thin import Thinned
 
     drop, out = Drop(rate, strategy, rescale, seed), expand(str(out))
     if rank is not None and rank < 1:
         raise UsageError(f"rank {rank}: it has to be 1 or more")
     check_output(out, force=force)
-    member = member_of(str(ref), registry)
+    found = resolve_refs([str(ref)], beside=Path.cwd(), registry=registry, progress=progress)
+    [member] = found.members
     check_sum([member])
-    facts, base = member.facts, _base_of(member, registry)
-    deltas = load_deltas(member.folder, facts)
-    made, modules = _drop_all(deltas, drop, rank, progress)
-    total = _total(modules)
-    if not total["norm"]:
-        raise IncompatibleAdapters(f"{member.name} changes nothing: there is nothing to drop")
-    lost = math.hypot(*(m["truncation_error"] * m["dropped_norm"] for m in modules.values()))
-    left = math.hypot(*(m["dropped_norm"] for m in modules.values()))
-    total["truncation_error"] = lost / left if left else 0.0
-    report = _head(drop) | {
-        "adapter": {"name": member.name, "digest": digest_of(member.folder)},
-        "base": {"name": base.name, "revision": base.revision, "digest": base.digest},
-        "modules": modules,
-        "total": total,
-    }
-    with new_folder(out, force=force) as folder:
-        save_adapter(
-            folder,
-            made,
-            base=base.name or "",
-            base_revision=base.revision,
-            task_type=facts.config.task_type or "CAUSAL_LM",
-            dtype=_DTYPES.get(facts.dtype or "", "float32"),
-            fan_in_fan_out=facts.config.fan_in_fan_out,
-        )
-        write_report(folder, report)
-    record = record_of_folder(out)
+    config, base = member.facts.config, found.records[member.name].base
+    file = AdapterFile(member.name, member.folder, member.facts)
+    with progress.task(f"Checking {member.name}"):
+        if not file.check():
+            raise IncompatibleAdapters(f"{member.name} changes nothing: there is nothing to drop")
+    kind = dtype_name(file.dtype(member.facts.modules[0].key_a))
+    head = _head(drop)
+    head["options"] |= {"rank": rank, "dtype": kind}
+
+    def total(part: Part, modules: Modules) -> Beside:
+        if not any(m["norm"] for m in modules.values()):
+            raise NotApplied(
+                f"{member.name}: no entry that is not zero stays of it",
+                hint="take a lower --rate",
+            )
+        return Beside({"total": _total({name: m["drop"] for name, m in modules.items()})})
+
+    made = write_factored(
+        out,
+        [Thinned(file, m.name, drop, DTYPES[kind]) for m in member.facts.modules],
+        # Without a rank each module keeps its own.
+        Ranks("full" if rank is None else rank),
+        DTYPES[kind],
+        head
+        | {
+            "adapter": {"name": member.name, "digest": member.digest},
+            "base": {"name": base.name, "revision": base.revision, "digest": base.digest},
+        },
+        base=base,
+        task_type=config.task_type or "CAUSAL_LM",
+        fan_in_fan_out=config.fan_in_fan_out,
+        made_of=[member.folder],
+        key={"config": file_sha256(member.folder / CONFIG_NAME)},
+        title="Dropping",
+        beside=total,
+        force=force,
+        registry=registry,
+        progress=progress,
+    )
     text = f"DARE of {member.name}: {rate:.4g} of the entries dropped, strategy {strategy}"
-    record = replace(record, base=base, description=text, skills=(), scores=())
-    return Dropped(out, report, registry.put(record))
-
-
-def _drop_all(
-    deltas: Mapping[str, LowRank], drop: Drop, rank: int | None, progress: Progress
-) -> tuple[dict[str, LowRank], dict[str, dict[str, Any]]]:
-    """Module → its dropped and truncated delta, and what is told of it; one dense at a time."""
-    import torch
-    from torch.linalg import vector_norm
-
-    from lorahub_registry.weights.truncate import truncate_dense
-
-    made, told = {}, {}
-    with progress.task("Dropping", len(deltas), "module") as task:
-        for name, delta in sorted(deltas.items()):
-            dense = delta.dense()
-            norm, entries = float(vector_norm(dense, dtype=torch.float64)), dense.numel()
-            kept = drop.thin(name, dense)
-            left = float(vector_norm(dense, dtype=torch.float64))
-            cut = truncate_dense(dense, rank=rank or delta.rank, seed=drop.seed)
-            made[name] = replace(cut.delta, kind=delta.kind)
-            told[name] = {
-                "kept": kept,
-                "entries": entries,
-                "energy_kept": (left / drop.scale / norm) ** 2 if norm else None,
-                "norm": norm,
-                "dropped_norm": left,
-                "rank": cut.delta.rank,
-                "truncation_error": cut.error,
-            }
-            task.advance()
-    return made, told
+    record = replace(made.adapter.record, description=text, skills=(), scores=())
+    return Dropped(made.path, dict(made.report), registry.put(record))
 
 
 def _head(drop: Drop) -> dict[str, Any]:
@@ -247,14 +235,6 @@ def _head(drop: Drop) -> dict[str, Any]:
         "options": asdict(drop),
         "scale": drop.scale,
     }
-
-
-def _base_of(member: Member, registry: Registry) -> BaseRecord:
-    """As the registry knows it, or as its own config says."""
-    try:
-        return registry.get(member.key).record.base
-    except UnknownRef:
-        return record_of_folder(member.folder).base
 
 
 def _total(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def extract(
         component: ``orthogonal`` takes the part along each base matrix out.
         clamp_quantile: cut the factors' entries at this quantile of their sizes.
         exact: compute all singular directions of large matrices, too.
-        dtype: of the factors; ``auto``: as the tuned model is stored.
+        dtype: of the factors; ``auto``: as the tuned model is stored, float32 for ``full``.
         plot_to: where a PNG of norms and energy goes.
 
     Raises:
@@ -109,6 +109,8 @@ def extract(
     )
     if clamp_quantile is not None and not 0 < clamp_quantile <= 1:
         raise UsageError(f"{clamp_quantile:g} is no quantile", hint="above 0, at most 1")
+    if clamp_quantile is not None and rank == "full":
+        raise UsageError("rank full has no factors to clamp, it writes the difference itself")
     with two_models(base, tuned, registry, progress) as (models, one, other):
         return run(
             models, one, other, Path(out), how, dtype=dtype, include=include, exclude=exclude,
@@ -141,13 +143,17 @@ def two_models(
 
 
 def warn_of_unknown(models: Models, progress: Progress) -> None:
-    """Name the tuned model's tensors that transformers would not load."""
+    """Name tensors that no module has under their name: they are in no difference."""
     if models.unknown:
-        more = f" and {len(models.unknown) - 1} more" if len(models.unknown) > 1 else ""
-        progress.warn(
-            f"not looked at, as no module of {models.tuned.folder.name} has it: "
-            f"{models.unknown[0]}{more}"
-        )
+        progress.warn(f"{_unknown(models)}: not looked at")
+
+
+def _unknown(models: Models) -> str:
+    more = f" and {len(models.unknown) - 1} more" if len(models.unknown) > 1 else ""
+    return (
+        f"{models.unknown[0]}{more}: no module of {models.tuned.folder.name} has it under that name"
+        " (transformers joins some when it loads them, as experts)"
+    )
 
 
 def run(
@@ -178,9 +184,13 @@ def run(
     from lorahub_registry.weights.files import DTYPES
     from lorahub_registry.weights.rest import look, saved
 
+    if models.unknown and rest in {"error", "save"}:
+        raise NotApplied(_unknown(models), hint="leave --rest out, and be told of it")
     warn_of_unknown(models, progress)
     pairs = chosen(models, include, exclude)
-    kind = dtype if dtype != "auto" else dtype_name(pairs[0].tuned.dtype)
+    # Half precision does not hold the difference of two numbers of it.
+    auto = "float32" if how.ranks.rank == "full" else dtype_name(pairs[0].tuned.dtype)
+    kind = auto if dtype == "auto" else dtype
     how = replace(how, dtype=DTYPES[kind])
     options = {
         **named(how.ranks), "component": how.component, "clamp_quantile": how.clamp_quantile,
@@ -199,7 +209,9 @@ def run(
                 hint="is the tuned model the base itself, or were other modules tuned (--include)?",
             )
         left = [] if rest == "ignore" else look(models, pairs, part, progress=progress)
-        told = _tell(modules, left, rest, progress)
+        told = _tell(modules, left, rest, progress, advice=head is None)
+        if models.unknown:
+            told["unknown"] = list(models.unknown)
         if rest != "save":
             return Beside(told)
         return Beside(told, *saved(models, left, pairs))
@@ -220,6 +232,7 @@ def run(
         fan_in_fan_out=any(p.kind == "conv1d" for p in pairs),
         beside=besides,
         key={"base": base.key, "tuned": tuned.key},
+        made_of=[models.base.folder, models.tuned.folder],
         title="Extracting",
         plot_to=plot_to,
         force=force,
@@ -231,7 +244,9 @@ def run(
     return made
 
 
-def _tell(modules: Modules, left: Sequence[Left], rest: Rest, progress: Progress) -> dict[str, Any]:
+def _tell(
+    modules: Modules, left: Sequence[Left], rest: Rest, progress: Progress, *, advice: bool
+) -> dict[str, Any]:
     """What no factor holds; it is warned of, or refused."""
     from lorahub_registry.weights.rest import in_words, summary
 
@@ -247,7 +262,7 @@ def _tell(modules: Modules, left: Sequence[Left], rest: Rest, progress: Progress
         )
         if rest == "error":
             raise NotApplied(text, hint="--rest save keeps them beside; --include takes matrices")
-        progress.warn(f"{text}; --rest save keeps them beside")
+        progress.warn(f"{text}; --rest save keeps them beside" if advice else text)
     if rest == "save" and any(entry.added for entry in left):
         progress.warn(
             "the tuned model has another number of tokens: resize the base's embeddings "

@@ -15,7 +15,7 @@ from lorahub_registry.errors import NotApplied, UsageError
 from lorahub_registry.progress import Progress
 from lorahub_registry.refs import expand
 from lorahub_registry.registry.index import record_of_folder
-from lorahub_registry.registry.records import BaseRecord, StoredAdapter
+from lorahub_registry.registry.records import BaseRecord, SkillRecord, StoredAdapter
 from lorahub_registry.registry.store import Registry
 
 if TYPE_CHECKING:
@@ -70,8 +70,10 @@ def write_factored(
     task_type: str,
     title: str,
     key: Mapping[str, Any],
+    made_of: Sequence[Path],
     all_modules: Collection[str] = (),
     fan_in_fan_out: bool = False,
+    skills: tuple[SkillRecord, ...] = (),
     beside: Callable[[Part, Modules], Beside] = lambda part, modules: Beside({}),
     plot_to: Path | None = None,
     force: bool,
@@ -82,6 +84,7 @@ def write_factored(
 
     Args:
         facts: what the report opens with; with ``key`` all that decides the result is in it.
+        made_of: folders that are read.
         beside: asked when all modules are cut.
 
     Raises:
@@ -92,7 +95,7 @@ def write_factored(
     from lorahub_registry.weights.files import save_config
 
     out = expand(str(out)).absolute()
-    check_output(out, force=force)
+    check_output(out, force=force, made_of=made_of)
     whole = {**facts, **key, "modules": [source.module for source in sources]}
     with resumable(out, whole, force=force, progress=progress, unit="pieces") as part:
         modules = factorise(sources, ranks, dtype, part, title=title, progress=progress)
@@ -115,10 +118,11 @@ def write_factored(
         plain = {n: {k: v for k, v in m.items() if k != _LONG} for n, m in modules.items()}
         report = {**facts, **told, "modules": plain}
         write_report(part.folder, report)
+    _warn(modules, ranks, report, progress)
+    record = replace(record_of_folder(out, progress=progress), base=base)
+    stored = registry.put(replace(record, skills=skills) if skills else record)
     if plot_to is not None:
         plot(_as_weights(modules), plot_to, title=out.name)
-    _warn(modules, ranks, report, progress)
-    stored = registry.put(replace(record_of_folder(out, progress=progress), base=base))
     return Factored(stored, out, report)
 
 
@@ -181,6 +185,13 @@ def _warn(modules: Modules, ranks: Ranks, report: Mapping[str, Any], progress: P
             progress.say(
                 f"{len(small)} of {len(modules)} modules have no {ranks.rank} directions: they are "
                 "kept whole"
+            )
+    if ranks.energy is not None:
+        under = [n for n, m in modules.items() if m["kept"] < ranks.energy - 1e-9]
+        if under:
+            progress.warn(
+                f"{len(under)} of {len(modules)} modules keep less than {ranks.energy:g} of their "
+                f"energy once their factors are rounded ({under[0]}): --dtype float32 keeps it"
             )
     if report["kept"] < _GOOD:
         progress.warn(

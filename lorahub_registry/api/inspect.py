@@ -116,13 +116,8 @@ def read(ref: str | Path, *, registry: Registry, progress: Progress = silent) ->
     return StoredAdapter(0, record_of_folder(folder, progress=progress), now, now)
 
 
-def member_of(ref: str, registry: Registry) -> Member:
-    """The adapter that a folder, a registered name or a pulled Hub ref means, its weights checked.
-
-    Raises:
-        UnknownRef: it is not on this machine.
-        IncompatibleAdapters: its weights are a pickle, or there are none.
-    """
+def _member(ref: str, registry: Registry, progress: Progress) -> Member:
+    """The adapter, its weights checked; what its deltas leave out is warned of."""
     folder, stored = expand(ref), None
     if looks_like_path(ref) or (folder / CONFIG_NAME).is_file():
         try:
@@ -146,12 +141,6 @@ def member_of(ref: str, registry: Registry) -> Member:
         base_digest=record.base.digest if record else None,
     )
     check_weights(member)
-    return member
-
-
-def _member(ref: str, registry: Registry, progress: Progress) -> Member:
-    """The adapter, its weights checked; what its deltas leave out is warned of."""
-    member = member_of(ref, registry)
     kind = member.facts.config.peft_type
     if kind != "LORA":
         raise IncompatibleAdapters(f"{member.name}: it is {kind}, and only LoRA has deltas B·A")

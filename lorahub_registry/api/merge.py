@@ -9,19 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorahub_registry import __version__
 from lorahub_registry.adapters.compat import Member, check_base, check_sum
 from lorahub_registry.adapters.config import CONFIG_NAME
 from lorahub_registry.adapters.tensors import file_sha256
 from lorahub_registry.api.bases import ResolvedBase, resolve_base
 from lorahub_registry.api.output import check_output, report_head, resumable, write_report
 from lorahub_registry.api.resolve import resolve_refs
-from lorahub_registry.errors import IncompatibleAdapters, NotApplied, OutputError, UsageError
+from lorahub_registry.errors import IncompatibleAdapters, NotApplied, UsageError
 from lorahub_registry.progress import Progress, silent
+from lorahub_registry.refs import expand
 from lorahub_registry.registry.store import Registry
 
 if TYPE_CHECKING:
     from lorahub_registry.weights.merge import Plan
+    from lorahub_registry.weights.stream.checkpoint import Checkpoint
 
 _ALONE = frozenset({"use_dora", "bias", "lora_bias", "modules_to_save"})
 _LOST = 0.05  # of the delta: from here on the user is warned
@@ -66,7 +67,7 @@ def merge(
             )
     terms = list(adapters.items() if isinstance(adapters, Mapping) else adapters)
     _check_terms(terms)
-    out = Path(out)
+    out = expand(str(out)).absolute()
     check_output(out, force=force)
     resolved = resolve_refs(
         [ref for ref, _ in terms], beside=Path.cwd(), registry=registry, progress=progress
@@ -75,8 +76,7 @@ def merge(
     _check_kinds(members)
     found = resolve_base(str(base), registry=registry, hashed=False, progress=progress)
     assert found.folder is not None
-    if out.resolve() in {found.folder.resolve(), *(m.folder.resolve() for m in members)}:
-        raise OutputError(f"{out} is what would be merged", hint="name another folder")
+    check_output(out, force=force, made_of=[found.folder, *(m.folder for m in members)])
     # Shapes are checked against the model itself, which knows tied and turned ones.
     notes = check_base(members, replace(found.facts, shapes={}), allow=True)
     notes += _silent_biases(members)
@@ -149,7 +149,7 @@ def _write(
     assert base.folder is not None
     key = {
         "command": "merge",
-        "version": __version__,
+        "versions": report_head("merge", "transformers")["versions"],
         "tile": TILE,
         "base": base.key,
         "config": file_sha256(base.folder / "config.json"),
@@ -173,6 +173,7 @@ def _write(
             )
             progress.warn(note)
             notes.append(note)
+            _count(source, planned)
         with resumable(out, key, force=force, progress=progress) as part:
             tensors = planned.rewrites(source, files)
             rewrite(
@@ -195,6 +196,19 @@ def _write(
                 report["check"] = check_merged(part.folder, base, members, progress=progress)
             write_report(part.folder, report)
     return report
+
+
+def _count(source: Checkpoint, planned: Plan) -> None:
+    """What is no longer tied is counted as a parameter of its own in the index, too."""
+    if source.index and isinstance(source.index.get("total_parameters"), int):
+        added = sum(
+            math.prod(tensor.shape)
+            for tensors in planned.layout.values()
+            for tensor in tensors
+            if tensor.name in planned.untied
+        )
+        total = source.index["total_parameters"] + added
+        source.index = {**source.index, "total_parameters": total}
 
 
 def _report(

@@ -16,7 +16,7 @@ from lorahub_registry.refs import expand, looks_like_path
 from lorahub_registry.registry.store import Registry
 
 if TYPE_CHECKING:
-    from lorahub_registry.weights.inspect import Weights
+    from lorahub_registry.weights.inspect import ModuleWeights, Weights
 
 RANKS = (4, 16, 64, 256)
 
@@ -28,7 +28,8 @@ class ModelDifference:
     Attributes:
         base, tuned: their names.
         weights: of the difference in every linear module but the head, all singular values.
-        relative: module → norm of the difference as a share of the base's own.
+        relative: module → norm of the difference as a share of the base's own; None where that is
+            zero.
         kept: rank → share of the energy that an extraction of this rank keeps.
         outside: share of the whole difference's energy that is in no such module.
         rest: kind of parameter → how many changed, their energy, rows added.
@@ -38,7 +39,7 @@ class ModelDifference:
     base: str
     tuned: str
     weights: Weights
-    relative: Mapping[str, float]
+    relative: Mapping[str, float | None]
     kept: Mapping[int, float]
     outside: float
     rest: Mapping[str, Mapping[str, Any]]
@@ -81,7 +82,8 @@ def difference(
     with two_models(base, tuned, registry, progress) as (models, one, other):
         warn_of_unknown(models, progress)
         pairs = chosen(models)
-        modules, relative = [], {}
+        modules: list[ModuleWeights] = []
+        relative: dict[str, float | None] = {}
         with progress.task("Comparing", len(pairs), "module") as task:
             for pair in pairs:
                 task.describe(pair.module)
@@ -89,7 +91,7 @@ def difference(
                 found = of_values(pair.module, source.shape, source.spectrum(min(source.shape)))
                 own = base_norm(models, pair)
                 modules.append(found)
-                relative[pair.module] = found.norm / own if own else math.inf
+                relative[pair.module] = found.norm / own if own else None
                 task.advance()
         left = look(models, pairs, progress=progress)
     weights = Weights(tuple(modules))
@@ -102,7 +104,7 @@ def difference(
         other.facts.name,
         weights,
         relative,
-        {rank: shares[min(rank, len(shares)) - 1] for rank in RANKS} if shares else {},
+        {rank: shares[rank - 1] for rank in RANKS if rank <= len(shares)},
         outside / (inside + outside) if inside + outside else 0.0,
         summary(left),
         in_words(left),

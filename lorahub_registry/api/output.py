@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,7 @@ from lorahub_registry import __version__
 from lorahub_registry.adapters.config import CONFIG_NAME
 from lorahub_registry.adapters.tensors import WEIGHTS_NAME
 from lorahub_registry.card import RECIPE_NAME, RESULTS_NAME, TRACE_NAME
-from lorahub_registry.errors import OutputError
+from lorahub_registry.errors import LoraregError, OutputError
 from lorahub_registry.lock import LOCK_NAME
 from lorahub_registry.progress import Progress
 
@@ -33,12 +33,21 @@ MIXTURE_FILES = frozenset(
 )
 
 
-def check_output(out: Path, *, force: bool) -> None:
+def check_output(out: Path, *, force: bool, made_of: Sequence[Path] = ()) -> None:
     """Whether a result may be written to ``out``.
+
+    Args:
+        made_of: folders that it is made of, which no ``force`` replaces.
 
     Raises:
         OutputError: something is there, and ``force`` may not replace it.
     """
+    real = Path(os.path.realpath(out))
+    for folder in made_of:
+        source = Path(os.path.realpath(folder))
+        if source.is_relative_to(real) or real.is_relative_to(source):
+            where = "holds" if source.is_relative_to(real) else "is inside of"
+            raise OutputError(f"{out} {where} what this is made of", hint="name another folder")
     if not out.exists():
         return
     if not out.is_dir():
@@ -61,7 +70,8 @@ def _reported(out: Path) -> set[str]:
         files = json.loads((out / REPORT_NAME).read_text("utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return set()
-    return {REPORT_NAME, *map(str, files)}
+    # A kill between the last two steps leaves the journal.
+    return {REPORT_NAME, ".journal.jsonl", *map(str, files)}
 
 
 @contextmanager
@@ -77,39 +87,55 @@ def resumable(
     Raises:
         OutputError: the place cannot be written, or holds what may not be replaced.
     """
-    from lorahub_registry.weights.stream.part import Part
+    from lorahub_registry.weights.stream.part import JOURNAL, Part
 
     out = Path(os.path.realpath(out))
-    check_output(out, force=force)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{out} cannot be written: {error.strerror}") from None
     with Part(out, key) as part:
-        if part.resumed:
-            progress.say(f"an earlier run was stopped: {part.resumed} {unit} are there already")
         try:
+            _put_back(part.folder, out)
+            check_output(out, force=force)
+            if part.resumed:
+                progress.say(f"an earlier run was stopped: {part.resumed} {unit} are there already")
             yield part
-            folder = part.finished()
-            folder.chmod(0o755)
-            for file in folder.iterdir():
+            for left in part.folder.glob(".*"):  # what only a run that goes on has use for
+                if left.name != JOURNAL:
+                    shutil.rmtree(left)
+            part.folder.chmod(0o755)
+            for file in part.folder.iterdir():
                 file.chmod(0o755 if file.is_dir() else 0o644)
             check_output(out, force=force)
-            _put(folder, out)
-        except (KeyboardInterrupt, OSError, OutputError) as error:
-            if part.done:
+        except BaseException as error:
+            # An error of the data comes again, whatever is kept; a full disk or memory may not.
+            again = isinstance(error, LoraregError) and not isinstance(error, OutputError)
+            if again or not part.done:
+                part.forget()
+            else:
                 progress.say(
                     f"{len(part.done)} {unit} are kept in {part.folder.name}: the same command "
                     "goes on from there"
                 )
-            else:
-                part.forget()
             if isinstance(error, OSError):
-                raise OutputError(f"{out} cannot be written: {error.strerror or error}") from error
+                why = error.strerror or error
+                raise OutputError(f"{out} cannot be written: {why}") from error
             raise
-        except BaseException:
-            part.forget()
-            raise
+        try:
+            part.settle(lambda folder: _put(folder, out))
+        except OSError as error:
+            raise OutputError(f"{out} cannot be written: {error.strerror or error}") from error
+
+
+def _put_back(part: Path, out: Path) -> None:
+    """What a killed run had moved aside takes its place again, or goes if that is taken."""
+    old = _aside(part)
+    if old.exists():
+        if out.exists():
+            shutil.rmtree(old)
+        else:
+            os.replace(old, out)
 
 
 def report_head(command: str, *libraries: str) -> dict[str, Any]:
@@ -153,19 +179,24 @@ def new_folder(out: Path, *, force: bool) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _put(part: Path, out: Path) -> None:
+def _put(part: Path, out: Path) -> Path:
     """``part`` in the place of ``out``; what was there is put back if that fails."""
     if not out.exists():
         os.replace(part, out)
-        return
-    old = part.with_name(f"{part.name}.old")
+        return out
+    old = _aside(part)
     os.replace(out, old)
     try:
         os.replace(part, out)
     except BaseException:  # also when the user interrupts it here
         os.replace(old, out)
         raise
-    shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)
+    return out
+
+
+def _aside(part: Path) -> Path:
+    return part.with_name(f"{part.name}.old")
 
 
 def _sweep(out: Path) -> None:

@@ -15,9 +15,9 @@ from lorahub_registry.api.factored import (
     read_ranks,
     write_factored,
 )
-from lorahub_registry.api.inspect import member_of, read
 from lorahub_registry.api.output import report_head
-from lorahub_registry.errors import NotApplied
+from lorahub_registry.api.resolve import resolve_refs
+from lorahub_registry.errors import NotApplied, UsageError
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.registry.store import Registry
 
@@ -38,13 +38,14 @@ def resize(
     """Write an adapter whose deltas are the nearest of another rank; α is that rank.
 
     Args:
-        ref: a folder, a registered name or a Hub ref that was pulled.
+        ref: a folder, a registered name or a Hub ref; pulled where needed.
         rank, energy, max_bytes: see :func:`lorahub_registry.api.extract.extract`; ``full`` keeps
             all, with α and the rank made one.
         dtype: of the factors; ``auto``: as they are stored.
 
     Raises:
         IncompatibleAdapters: it is no plain LoRA, so that its deltas are not all of it.
+        NotApplied: it changes nothing, or its factors are more than ``dtype`` holds.
         UsageError, UnknownRef, BrokenAdapter, OutputError: as their names say.
     """
     if registry is None:
@@ -57,10 +58,15 @@ def resize(
     from lorahub_registry.weights.resize import Stored
     from lorahub_registry.weights.stream.adapter import AdapterFile
 
+    if rank is None and energy is None and max_bytes is None:
+        raise UsageError(
+            "resize wants a rank, a share of energy or a size", hint="--rank, --energy, --max-size"
+        )
     ranks = read_ranks(rank, energy, max_bytes)
-    member = member_of(str(ref), registry)
+    found = resolve_refs([str(ref)], beside=Path.cwd(), registry=registry, progress=progress)
+    [member] = found.members
     check_sum([member])
-    record = read(ref, registry=registry).record
+    base = found.records[member.name].base
     file = AdapterFile(member.name, member.folder, member.facts)
     with progress.task(f"Checking {member.name}"):
         if not file.check():
@@ -68,8 +74,8 @@ def resize(
     kind = dtype if dtype != "auto" else dtype_name(file.dtype(member.facts.modules[0].key_a))
     facts = {
         **report_head("resize"),
-        "adapter": {"name": member.name, "digest": record.digest},
-        "base": {"name": record.base.name, "revision": record.base.revision},
+        "adapter": {"name": member.name, "digest": member.digest},
+        "base": {"name": base.name, "revision": base.revision},
         "options": {**named(ranks), "dtype": kind},
     }
     return write_factored(
@@ -78,9 +84,11 @@ def resize(
         ranks,
         DTYPES[kind],
         facts,
-        base=record.base,
+        base=base,
+        skills=found.records[member.name].skills,
         task_type=member.facts.config.task_type or "CAUSAL_LM",
         fan_in_fan_out=member.facts.config.fan_in_fan_out,
+        made_of=[member.folder],
         key={"config": file_sha256(member.folder / CONFIG_NAME)},
         title="Resizing",
         plot_to=plot_to,

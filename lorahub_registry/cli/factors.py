@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from lorahub_registry.adapters.tensors import WEIGHTS_NAME
 from lorahub_registry.cli.output import Output, with_output
 from lorahub_registry.errors import UsageError
 
@@ -17,8 +18,7 @@ if TYPE_CHECKING:
     from lorahub_registry.api.factored import Factored
 
 _RANKS = (
-    click.option("--rank", metavar="N|full",
-                 help="Of every module; 64 by default. full loses nothing."),
+    click.option("--rank", metavar="N|full", help="Of every module; full loses nothing."),
     click.option("--energy", type=float, metavar="SHARE",
                  help="The smallest rank of each module that keeps this share, as 0.95."),
     click.option("--max-size", metavar="SIZE",
@@ -48,7 +48,7 @@ def _options(
 
 
 @click.command()
-@click.option("--base", required=True, metavar="B", help="A folder, or a Hub id.")
+@click.option("--base", required=True, metavar="B", help="A folder, a Hub id, or a known name.")
 @click.option("--tuned", required=True, metavar="T", help="The model that was trained from it.")
 @click.option("--out", "to", required=True, type=click.Path(path_type=Path),
               help="The adapter's folder.")  # fmt: skip
@@ -94,13 +94,15 @@ def extract(
 ) -> None:
     """Make a LoRA of the difference between a tuned model and its base.
 
-    Applied to the base, it adds just the best approximation of the difference by that rank. One
-    tensor at a time is in memory; a run that was stopped goes on with the same command.
+    Applied to the base, it adds just the best approximation of the difference by its rank, which is
+    64 where neither --rank, --energy nor --max-size says otherwise. One tensor at a time is in
+    memory; a run that was stopped goes on with the same command. The adapter is indexed; quiet
+    prints its name.
 
     \b
     Examples:
-      lorareg extract --base mistral-7b --tuned Open-Orca/Mistral-7B-OpenOrca --out orca-lora
-      lorareg extract --base ./base --tuned ./tuned --energy 0.95 --rest save --out ./lora
+      lorareg extract --base mistralai/Mistral-7B-v0.1 --tuned ./my-mistral --out my-lora
+      lorareg extract --base ./mistral --tuned ./my-mistral --energy 0.95 --out my-lora
     """
     from lorahub_registry.api.extract import extract as run
     from lorahub_registry.registry.store import Registry
@@ -110,7 +112,7 @@ def extract(
             base,
             tuned,
             to,
-            rank=_rank(rank),
+            rank=read_rank(rank),
             energy=energy,
             max_bytes=_size(max_size),
             include=include,
@@ -150,8 +152,9 @@ def resize(
 ) -> None:
     """Give an adapter another rank.
 
-    REF is a folder, a name, or a Hub ref that was pulled. Each delta is cut to the nearest of the
-    new rank, which also becomes α; the old adapter stays as it is.
+    REF is a folder, a name, or a Hub ref, which is pulled. Each delta is cut to the nearest of the
+    new rank, which also becomes α; the old adapter stays as it is. The new one is indexed; quiet
+    prints its name.
 
     \b
     Examples:
@@ -165,7 +168,7 @@ def resize(
         made = run(
             ref,
             to,
-            rank=_rank(rank),
+            rank=read_rank(rank),
             energy=energy,
             max_bytes=_size(max_size),
             dtype=dtype,
@@ -182,17 +185,26 @@ def print_factored(made: Factored, out: Output) -> None:
     from lorahub_registry.cli.shown import row, short_ref
 
     facts = {**row(made.adapter), "report": made.report}
-    out.record(facts, _human(made.report), quiet=short_ref(made.adapter))
+    out.record(
+        facts,
+        _human(made.report, (made.path / WEIGHTS_NAME).stat().st_size),
+        quiet=short_ref(made.adapter),
+    )
     out.done(f"{made.path}: indexed as {short_ref(made.adapter)}")
 
 
-def _rank(text: str | None) -> int | Literal["full"] | None:
+def read_rank(text: str | None, option: str = "--rank") -> int | Literal["full"] | None:
+    """What ``option`` means.
+
+    Raises:
+        UsageError: neither a number nor ``full``.
+    """
     if text is None:
         return None
     if text == "full":
         return "full"
     if not text.isascii() or not text.isdigit():
-        raise UsageError(f"--rank {text}: neither a number nor full", hint="--rank 64")
+        raise UsageError(f"{option} {text}: neither a number nor full", hint=f"{option} 64")
     return int(text)
 
 
@@ -205,7 +217,7 @@ def _size(text: str | None) -> int | None:
     return int(float(found[1]) * _UNITS[found[2] or ""])
 
 
-def _human(report: Mapping[str, Any]) -> str:
+def _human(report: Mapping[str, Any], size: int) -> str:
     modules = report["modules"]
     ranks = sorted({m["rank"] for m in modules.values()})
     span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
@@ -216,6 +228,7 @@ def _human(report: Mapping[str, Any]) -> str:
         f"error          {report['error']:.4f} of the norm",
         f"least kept     {100 * modules[worst]['kept']:.2f}% in {worst}",
     ]
+    lines.append(f"size           {size / 1e6:,.2f} MB")
     if "rest" in report:
         lines.append(f"outside        {100 * report['rest']['share']:.2g}% of the energy")
     return "\n".join(lines)

@@ -51,7 +51,7 @@ def compare(refs: tuple[str, ...], out: Output) -> None:
       lorareg compare mistralai/Mistral-7B-v0.1 Open-Orca/Mistral-7B-OpenOrca
     """
     if len(refs) < 2:
-        raise click.UsageError("one adapter alone cannot be compared: name two or more")
+        raise click.UsageError("one alone cannot be compared: name two or more")
     from lorahub_registry.api.inspect import compare as run
     from lorahub_registry.api.models import difference, is_model
     from lorahub_registry.registry.store import Registry
@@ -61,8 +61,7 @@ def compare(refs: tuple[str, ...], out: Output) -> None:
         if whole:
             if len(whole) < len(refs) or len(refs) > 2:
                 raise click.UsageError(
-                    f"{whole[0]} is a model: it is compared with one other model, not with an "
-                    "adapter"
+                    f"{whole[0]} is a model: it is compared with one other model"
                 )
             _print_models(difference(*refs, registry=registry, progress=out), out)
             return
@@ -133,7 +132,8 @@ def _print_models(found: ModelDifference, out: Output) -> None:
     }
     for module in facts["modules"]:
         module["relative_norm"] = found.relative[module["name"]]
-    middle = sorted(found.relative.values())[len(found.relative) // 2]
+    shares = sorted(share for share in found.relative.values() if share is not None)
+    middle = shares[len(shares) // 2] if shares else math.nan
     lines = [
         f"difference  {clean(found.tuned)} - {clean(found.base)}",
         weights_page(found.weights),

@@ -93,7 +93,7 @@ def _fail(text: str, hint: str | None, code: int) -> NoReturn:
 
 
 def _interrupted() -> NoReturn:
-    again = "nothing half-done is left; the same command starts it again (pull and searches go on)"
+    again = "nothing half-done stands in its place; the same command starts again, or goes on"
     _fail("interrupted", again, 130)
 
 

@@ -57,13 +57,19 @@ def merge(
 
 
 def _term(text: str) -> tuple[str, float]:
-    """REF and coefficient: what stands after the last ``=``, where that is a number."""
+    """REF and coefficient: what stands after the last ``=``; a folder's name may have one, too."""
     ref, equals, number = text.rpartition("=")
+    if not equals or not ref:
+        return text, 1.0
     try:
         coefficient = float(number)
     except ValueError:
+        coefficient = math.nan
+    if math.isfinite(coefficient):
+        return ref, coefficient
+    if Path(text).expanduser().exists():
         return text, 1.0
-    return (ref, coefficient) if equals and ref and math.isfinite(coefficient) else (text, 1.0)
+    raise click.UsageError(f"--adapter {text}: {number!r} is no coefficient")
 
 
 def _human(report: dict[str, Any]) -> str:

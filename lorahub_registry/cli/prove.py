@@ -61,7 +61,10 @@ def score(
     "--against", default="", metavar="NAME,NAME", help="Others to ask: adapters, or base."
 )
 @click.option("--base", help="Where its base is: a folder or a Hub id.")
-@click.option("--template", help="Jinja over `input`, or chat; default: its recipe's own.")
+@click.option(
+    "--template",
+    help="Jinja over `input`, or chat; default: its recipe's own, or the prompt and a space.",
+)
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True,
               help="The longest answer.")  # fmt: skip
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True,

@@ -50,14 +50,15 @@ def drop_model(
         BaseModelError: nothing differs; a number that is none; one that grows out of its type.
         OutputError: the disk has no room.
     """
-    pairs = {p.tuned.info.name: p for p in (*models.pairs, *_doubles(models))}
-    if not any(_differs(models, pair) for pair in models.pairs):
+    own = [pair for pair in models.pairs if pair.name not in models.skeleton.tied]
+    pairs = {p.tuned.info.name: p for p in (*own, *models.leftovers, *_doubles(models))}
+    _tell(models, pairs, progress)
+    if not any(_differs(models, pair) for pair in pairs.values()):
         raise BaseModelError(
             f"{models.tuned.folder} is {models.base.folder}, number by number: there is nothing "
             "to drop",
             hint="name the model that was tuned, and the one that it was tuned from",
         )
-    _tell(models, pairs, progress)
     limits = _limits(models, drop, pairs, part, workers, progress)
 
     def forget(name: str, begin: int, end: int) -> None:
@@ -101,7 +102,13 @@ def _doubles(models: Models) -> Iterator[Pair]:
 
 
 def _tell(models: Models, pairs: dict[str, Pair], progress: Progress) -> None:
-    """What is copied as it is."""
+    """What is copied as it is, and what the tuned model has no place for."""
+    for pair in models.pairs:
+        if pair.name in models.skeleton.tied:
+            progress.warn(
+                f"{pair.name} is tied in the tuned model, and stays so: it is dropped from "
+                f"{models.skeleton.tied[pair.name]} alone"
+            )
     for pair in pairs.values():
         if pair.tuned.shape and pair.tuned.shape[0] > pair.rows:
             progress.warn(

@@ -26,6 +26,8 @@ from lorahub_registry.weights.stream.pairs import Models, Pair
 Change = Callable[[Pair, torch.Tensor], torch.Tensor]
 """A parameter's difference, float32 as stored, into another of its shape; may be done in place."""
 
+_NOISE = 1e-14  # of the base's energy: what its rounding in float32 is
+
 
 @dataclass(frozen=True)
 class How:
@@ -73,6 +75,13 @@ def chosen(models: Models, include: Sequence[str] = (), exclude: Sequence[str] =
             "the tuned model: added tokens have no difference",
             hint=f"leave it out: --exclude {resized[0]}",
         )
+    ties = {first: other for other, first in models.skeleton.tied.items()}
+    if tied := sorted(n for n in names if matrices[n].name in ties):
+        raise UsageError(
+            f"{tied[0]} is tied to {ties[matrices[tied[0]].name].rpartition('.')[0]}: an adapter "
+            "would change one end of them",
+            hint="--rest save keeps tied parameters whole, for both ends",
+        )
     return [matrices[n] for n in sorted(names)]
 
 
@@ -116,11 +125,14 @@ class Difference:
         """
         how = self._how
         matrix, more = self._matrix()
-        norm = float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
+        norm = truncate.frobenius(matrix)
         if norm == 0 or rank == 0:
             return Cut(nothing(self.shape), norm, norm**2, torch.zeros(0), more)
         if rank is None and energy is None:
-            delta, lost, values = _whole(matrix), 0.0, truncate.singular_values(matrix)
+            written = _whole(matrix, how.dtype)
+            large = written.b if written.b.shape == matrix.shape else written.a
+            lost = truncate.rounding(matrix, large) ** 2
+            return Cut(written.to("cpu"), norm, lost, truncate.singular_values(matrix), more)
         else:
             found = truncate.truncate_dense(
                 matrix, rank=rank, energy=energy, seed=how.seed, exact=how.exact
@@ -130,7 +142,7 @@ class Difference:
             delta = _clamped(delta, how.clamp_quantile)
         written = delta.to(matrix.device, how.dtype)
         if how.clamp_quantile is not None or how.dtype != matrix.dtype:
-            lost = truncate.distance(matrix, written.b.float(), written.a.float()) ** 2
+            lost = truncate.distance(matrix, written.b, written.a) ** 2
         return Cut(written.to("cpu"), norm, lost, values, more)
 
     def spectrum(self, count: int) -> torch.Tensor:
@@ -156,7 +168,7 @@ class Difference:
     def _orthogonal(self, delta: torch.Tensor) -> float:
         """Take ⟨ΔW, W⟩/⟨W, W⟩ · W from ``delta``, in place; the share of its energy that it was."""
         base, name = self._models.base, self._pair.base.info.name
-        before = float(torch.linalg.vector_norm(delta, dtype=torch.float64)) ** 2
+        before = truncate.frobenius(delta) ** 2
         inner = square = 0.0
         for begin, end in self._pair.base.blocks():
             rows = base.rows(name, begin, end).to(delta.device, torch.float64)
@@ -169,6 +181,8 @@ class Difference:
             rows = base.rows(name, begin, end).to(delta.device, torch.float32)
             delta[begin:end].sub_(rows, alpha=inner / square)
             base.forget(name, begin, end)
+        if truncate.frobenius(delta) ** 2 < _NOISE * square:
+            delta.zero_()
         return inner * inner / square / before
 
 
@@ -182,11 +196,12 @@ def base_norm(models: Models, pair: Pair) -> float:
     return math.hypot(*parts)
 
 
-def _whole(matrix: torch.Tensor) -> LowRank:
-    """``matrix`` itself beside an identity: full rank, and no entry rounded."""
+def _whole(matrix: torch.Tensor, dtype: torch.dtype) -> LowRank:
+    """``matrix`` itself beside an identity: full rank, its entries rounded to ``dtype``."""
     rows, columns = matrix.shape
-    unit = torch.eye(min(rows, columns), device=matrix.device)
-    return LowRank(unit, matrix) if columns <= rows else LowRank(matrix, unit)
+    unit = torch.eye(min(rows, columns), device=matrix.device, dtype=dtype)
+    large = matrix.to(dtype)
+    return LowRank(unit, large) if columns <= rows else LowRank(large, unit)
 
 
 def _clamped(delta: LowRank, quantile: float) -> LowRank:

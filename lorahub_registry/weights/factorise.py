@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,11 +90,12 @@ def factorise(
     chosen = _ranks(sources, ranks, dtype, part, progress)
     with progress.task(title, len(sources), "module") as task:
         for number, source in enumerate(sources):
-            if source.module not in part.done:
+            path = part.folder / _FACTORS / f"{number}.safetensors"
+            if source.module not in part.done or not path.is_file():
                 task.describe(source.module)
                 rank = None if chosen is None else chosen.get(source.module, 0)
                 cut = source.cut(rank, ranks.energy)
-                _keep(part.folder / _FACTORS / f"{number}.safetensors", cut.delta)
+                _keep(path, cut.delta)
                 part.mark(source.module, _facts(source, cut))
                 part.flush()
             task.advance()
@@ -130,7 +130,6 @@ def assemble(
         for planned, read in more:
             shards.put(planned.name, read())
         shards.finish()
-    shutil.rmtree(part.folder / _FACTORS)
     return {s.module: facts[s.module]["rank"] for s in sources if facts[s.module]["rank"]}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lorahub_registry.errors import BaseModelError
+from lorahub_registry.errors import BaseModelError, IncompatibleAdapters
 from lorahub_registry.weights.lowrank import weighted_sum
 from lorahub_registry.weights.stream.adapter import AdapterFile
 from lorahub_registry.weights.stream.checkpoint import BLOCK, Checkpoint
@@ -78,6 +78,7 @@ class Merged:
 
         Raises:
             BaseModelError: the base holds NaN or infinity, or its dtype cannot hold the sum.
+            IncompatibleAdapters: DoRA would divide by a norm of zero.
         """
         with self._lock:
             terms = self._terms = self._terms or self._read()
@@ -111,6 +112,7 @@ class Merged:
                 new = new * terms.magnitude
             else:
                 norm = torch.linalg.vector_norm(new, dim=1)
+                self._divides(norm, first)
                 new = new * (terms.magnitude[first:last] / norm)[:, None]
             delta = None
         delta = new - was if delta is None else delta
@@ -155,7 +157,9 @@ class Merged:
             return terms
         magnitude = adapters[0].rows(change.magnitude).to(self._dtype).flatten()
         if change.turned:
-            magnitude = magnitude / self._column_norms(terms)
+            norm = self._column_norms(terms)
+            self._divides(norm, 0)
+            magnitude = magnitude / norm
         return _Terms(left, right, added, magnitude)
 
     def _column_norms(self, terms: _Terms) -> torch.Tensor:
@@ -168,6 +172,16 @@ class Merged:
             total += self._sum(terms, first, last, was)[0].double().square().sum(0)
             self._source.forget(self._name, first, last)
         return total.sqrt().to(self._dtype)
+
+    def _divides(self, norm: torch.Tensor, first: int) -> None:
+        zero = torch.nonzero(norm == 0).flatten()
+        if zero.numel():
+            what = "column" if self._change.turned else "row"
+            raise IncompatibleAdapters(
+                f"{self._change.module}: {what} {first + int(zero[0])} of W + ΔW is all zero, and "
+                "DoRA divides by its norm",
+                hint="PEFT makes NaN of it, too: is it the base that the adapter was trained on?",
+            )
 
     def _explain(self, base: torch.Tensor, out: torch.Tensor) -> None:
         where = f"{self._stored.file}: {self._name}"

@@ -82,6 +82,9 @@ def truncate_dense(
 ) -> Truncated:
     """The best approximation of a dense ΔW, its Frobenius error at most 1.001 times the least.
 
+    Of a large float32 matrix that holds where the error is more than a thousandth of the norm;
+    below that rounding has a say, and it may be 1.01 times.
+
     Args:
         matrix: [fan_out, fan_in], float32 or float64, on any device; it is not changed.
         rank: at most this rank.
@@ -93,7 +96,7 @@ def truncate_dense(
     Returns:
         A delta of the matrix's dtype; what was cut off is measured, not estimated.
     """
-    total = float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
+    total = frobenius(matrix) ** 2
     directions = None
     # Ritz values are rounded: next to a whole, only all directions tell what is left.
     if (
@@ -194,7 +197,7 @@ def _krylov(
         last, gain, held = gain, float(squares.sum()) - held, float(squares.sum())
         ratio = min(gain / last, 0.99)
         ahead, least = gain * ratio / (1 - ratio), _GAP * max(total - held, floor)
-        if last < math.inf and ahead <= least and gain <= 10 * least:
+        if last < math.inf and ahead <= least and gain <= least:
             right = image @ vectors.flip(1)[:, :rank].to(matrix.dtype)
             return squares, torch.linalg.qr(right)[0]
         if image.shape[1] + block > min(matrix.shape):
@@ -209,19 +212,36 @@ def _krylov(
     return None
 
 
-def _gram(rows: torch.Tensor, step: int = 4096) -> torch.Tensor:
+def _gram(rows: torch.Tensor) -> torch.Tensor:
     """``rows·rowsᵀ`` in float64, some columns at a time."""
     found = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
+    step = _rows(rows.T)
     for begin in range(0, rows.shape[1], step):
         part = rows[:, begin : begin + step].double()
         found.addmm_(part, part.T)
     return found
 
 
-def distance(matrix: torch.Tensor, b: torch.Tensor, a: torch.Tensor, step: int = 1024) -> float:
-    """``‖matrix − b·a‖``, some rows at a time."""
-    parts = []
-    for begin in range(0, len(matrix), step):
-        gap = matrix[begin : begin + step] - b[begin : begin + step] @ a
-        parts.append(float(torch.linalg.vector_norm(gap, dtype=torch.float64)))
-    return math.hypot(*parts)
+def frobenius(matrix: torch.Tensor) -> float:
+    """‖matrix‖ in float64, some rows at a time: torch would copy all of it to float64."""
+    parts = matrix.split(_rows(matrix))
+    return math.hypot(*(float(torch.linalg.vector_norm(p, dtype=torch.float64)) for p in parts))
+
+
+def rounding(matrix: torch.Tensor, rounded: torch.Tensor) -> float:
+    """‖matrix − rounded‖, of whatever dtype that is."""
+    step = _rows(matrix)
+    parts = zip(matrix.split(step), rounded.split(step), strict=True)
+    return math.hypot(*(frobenius(one - other.to(one.dtype)) for one, other in parts))
+
+
+def distance(matrix: torch.Tensor, b: torch.Tensor, a: torch.Tensor) -> float:
+    """‖matrix − b·a‖; the factors may be of another dtype."""
+    right, step = a.to(matrix.dtype), _rows(matrix)
+    parts = zip(matrix.split(step), b.split(step), strict=True)
+    return math.hypot(*(frobenius(rows - left.to(rows.dtype) @ right) for rows, left in parts))
+
+
+def _rows(matrix: torch.Tensor) -> int:
+    """How many at a time, where a whole matrix in float64 would not do: 32 MiB of it."""
+    return max(1, (1 << 22) // max(1, matrix[0].numel())) if len(matrix) else 1

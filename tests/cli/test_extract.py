@@ -164,15 +164,22 @@ def test_ctrl_c_keeps_what_is_done_and_says_so(lorareg, tmp_path):
 
 def test_resize_gives_another_rank_under_another_name(lorareg, words, tmp_path):
     lorareg(*words, "--rank", "8", "--rest", "ignore")
+    lorareg("tag", "lora", "--skill", "stories")
     done = lorareg("resize", "lora", "--rank", "2", "--out", tmp_path / "small")
+    assert "stories" in lorareg("show", "small").out
     assert done.lines[0] == "modules        14, rank 2"
     assert "indexed as small" in done.err
     assert lorareg("list", "--format", "quiet").lines == ["lora", "small"]
-    assert "exists and is not empty" in lorareg.fails("resize", "lora", "--out", tmp_path / "small")
+    assert "wants a rank" in lorareg.fails("resize", "lora", "--out", tmp_path / "no", code=2)
+    again = "resize", "lora", "--rank", "2", "--out", tmp_path / "small"
+    assert "exists and is not empty" in lorareg.fails(*again)
     assert "14 of 14 modules have no 99 directions" in lorareg(
         "resize", "lora", "--rank", "99", "--out", tmp_path / "same"
     ).err  # fmt: skip
-    assert "no adapter" in lorareg.fails("resize", "nobody", "--out", tmp_path / "no").lower()
+    assert (
+        "no adapter"
+        in lorareg.fails("resize", "nobody", "--rank", "2", "--out", tmp_path / "no").lower()
+    )
 
 
 def test_a_lora_of_what_dare_leaves(lorareg, pair, tmp_path):

@@ -194,7 +194,7 @@ def test_an_interrupt_is_said_in_words(lorareg, monkeypatch):
     result = CliRunner().invoke(cli, ["list"])
     assert result.exit_code == 130
     assert result.stderr.startswith(
-        "Error: interrupted\nHint: nothing half-done is left; the same command"
+        "Error: interrupted\nHint: nothing half-done stands in its place; the same command"
     )
 
 

@@ -306,8 +306,9 @@ def test_two_models_are_compared_module_by_module(lorareg, tmp_path):
         lost += float(values[4:].square().sum())
     assert len(found["modules"]) == 14
     assert found["kept_by_rank"]["4"] == pytest.approx(1 - lost / squares, abs=1e-5)
-    assert found["kept_by_rank"]["256"] == 1.0
-    assert lorareg("compare", *folders, "--format", "quiet").lines[-1] == "256 1.0000"
+    assert list(found["kept_by_rank"]) == ["4", "16"], "there are 32 directions"
+    quiet = lorareg("compare", *folders, "--format", "quiet").lines
+    assert [line.split()[0] for line in quiet] == ["4", "16"]
     assert "are the same, number by number" in lorareg.fails("compare", folders[0], folders[0])
 
 

@@ -97,4 +97,33 @@ def test_tensors_that_no_module_has_are_told(lorareg, pair, tmp_path):
         tensors["model.norm.weight"] = tensors["model.norm.weight"] * size
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     said = lorareg("compare", *folders).err
-    assert "not looked at, as no module of other has it: draft.weight\n" in said
+    assert "draft.weight: no module of other has it under that name" in said
+    words = "extract", "--base", folders[0], "--tuned", folders[1], "--out", tmp_path / "lora"
+    for rest in ("error", "save"):
+        assert "draft.weight: no module" in lorareg.fails(*words, "--rest", rest)
+    with torch.no_grad():
+        tensors = load_file(folders[1] / "model.safetensors")
+        for layer in range(2):
+            tensors[f"model.layers.{layer}.mlp.up_proj.weight"] += 1e-2
+        save_file(tensors, folders[1] / "model.safetensors", metadata={"format": "pt"})
+    assert lorareg(*words, "--json").json["report"]["unknown"] == ["draft.weight"]
+
+
+def test_no_force_replaces_what_an_output_is_made_of(lorareg, pair, tmp_path):
+    base, tuned = pair
+    models = ["--base", base, "--tuned", tuned]
+    lorareg("extract", *models, "--rank", "4", "--out", tmp_path / "lora")
+    lorareg("merge", "--base", base, "--adapter", "lora", "--out", tmp_path / "merged")
+    merged = ["--base", base, "--tuned", tmp_path / "merged", "--out", tmp_path / "merged"]
+    calls = [
+        ["extract", *merged],
+        ["dare", *merged],
+        ["resize", "lora", "--out", tmp_path / "lora"],
+        ["dare", "--adapter", "lora", "--out", tmp_path / "lora"],
+        ["merge", "--base", tmp_path / "merged", "--adapter", "lora", "--out", tmp_path / "merged"],
+        ["merge", "--base", base, "--adapter", "lora", "--out", tmp_path / "lora"],
+    ]
+    before = files(tmp_path / "lora"), files(tmp_path / "merged")
+    for call in calls:
+        assert "holds what this is made of" in lorareg.fails(*call, "--force")
+    assert (files(tmp_path / "lora"), files(tmp_path / "merged")) == before

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lorahub_registry.errors import BaseModelError, UsageError
+from lorahub_registry.progress import silent
 from lorahub_registry.weights.dare import CHUNK, PIECE, Drop
 from lorahub_registry.weights.drop import drop_model
 from lorahub_registry.weights.papers import copy_papers
@@ -268,6 +270,71 @@ def test_a_tied_head_that_is_stored_twice_stays_tied(tmp_path: Path) -> None:
     assert not torch.equal(made[head], tensors(folders[1])[table])
 
 
+class Talk:
+    """What was warned of."""
+
+    def __init__(self) -> None:
+        self.warned: list[str] = []
+
+    def task(self, title: str, total: float | None = None, unit: str = "") -> Any:
+        return silent.task(title, total, unit)
+
+    def say(self, text: str) -> None:
+        pass
+
+    def warn(self, text: str) -> None:
+        self.warned.append(text)
+
+
+def test_experts_that_transformers_joins_are_dropped_as_they_are_stored(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    config = transformers.MixtralConfig(**two.SMALL, head_dim=8, num_local_experts=2)
+    base = transformers.MixtralForCausalLM(config)
+    folders = [two.save(m, tmp_path / n) for m, n in ((base, "b"), (two.tuned(base), "t"))]
+    before, after = map(tensors, folders)
+    expert = "model.layers.0.block_sparse_moe.experts.1.w2.weight"
+    assert expert in before
+    drop, talk = Drop(0.5), Talk()
+    facts, made = stream(*folders, drop, progress=talk)
+    assert talk.warned == []
+    assert facts.keys() == after.keys()
+    for name, tensor in after.items():
+        if name in {expert, "model.norm.weight", "lm_head.weight"}:
+            dropped = drop.apply(name, tensor - before[name])
+            assert torch.equal(made[name], before[name] + dropped)
+        assert not torch.equal(made[name], tensor)
+    # Of another shape there is still nothing to subtract.
+    edit(folders[0], lambda held: held.update({expert: held[expert][1:].clone()}))
+    facts, made = stream(*folders, drop, progress=talk)
+    assert expert not in facts
+    assert torch.equal(made[expert], after[expert])
+    assert talk.warned[0].startswith(f"{expert}: copied as they are")
+
+
+def untied(name: str, folder: Path) -> Path:
+    """A tuned model of this kind whose head is a parameter of its own."""
+    made = two.model(name, tie_word_embeddings=False)
+    made.load_state_dict(two.model(name).state_dict())
+    return two.save(two.tuned(made), folder)
+
+
+def test_a_head_apart_is_dropped_from_the_tied_one(tmp_path: Path) -> None:
+    base, tuned = two.save(two.model("GPT2"), tmp_path / "b"), untied("GPT2", tmp_path / "t")
+    head, table = "lm_head.weight", "transformer.wte.weight"
+    before, after, drop = tensors(base), tensors(tuned), Drop(0.5)
+    facts, made = stream(base, tuned, drop)
+    assert head in facts
+    for name in (head, table):
+        dropped = drop.apply(name, after[name] - before[table])
+        assert torch.equal(made[name], before[table] + dropped)
+    # A tied model has one place for both: its table's difference is what is dropped.
+    talk = Talk()
+    facts, made = stream(tuned, base, drop, progress=talk)
+    assert head not in made
+    assert torch.equal(made[table], after[table] + drop.apply(table, before[table] - after[table]))
+    assert talk.warned[0].startswith(f"{head} is tied in the tuned model")
+
+
 @pytest.mark.parametrize("name", ["GPT2", "T5", "Qwen2"])
 def test_a_written_model_of_another_architecture_loads_with_its_head_tied(
     name: str, tmp_path: Path
@@ -279,7 +346,7 @@ def test_a_written_model_of_another_architecture_loads_with_its_head_tied(
     with open_models(base, tuned) as opened, Part(out, {}) as part:
         facts = drop_model(opened, drop, part)
         copy_papers(tuned, part.folder)
-        loaded = type(before).from_pretrained(part.finished()).eval()
+        loaded = type(before).from_pretrained(part.folder).eval()
     tables = loaded.get_input_embeddings().weight, loaded.get_output_embeddings().weight
     assert tables[0].data_ptr() == tables[1].data_ptr()
     held = dict(before.named_parameters())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,13 @@ from safetensors.torch import load_file, save_file
 from lorahub_registry.adapters.facts import read_facts
 from lorahub_registry.api.extract import extract
 from lorahub_registry.api.factored import Factored
-from lorahub_registry.errors import BaseModelError, NotApplied, UsageError
+from lorahub_registry.errors import BaseModelError, NotApplied, OutputError, UsageError
+from lorahub_registry.registry.store import Registry
+from lorahub_registry.weights import factorise
+from lorahub_registry.weights import files as files_room
 from lorahub_registry.weights.files import load_deltas
 from lorahub_registry.weights.ranks import Spectrum, allocate
+from lorahub_registry.weights.stream.part import unfinished
 from tests.weights import two
 
 
@@ -365,3 +371,126 @@ def test_an_extraction_stands_in_the_registry_with_its_base(
         **made.report, "files": ["adapter_config.json", "adapter_model.safetensors"]
     }  # fmt: skip
     assert str(tmp_path) not in (made.path / "lorareg.json").read_text()
+
+
+def test_one_end_of_a_tied_embedding_is_not_extracted(tmp_path: Path) -> None:
+    base = two.model("Qwen2")
+    folders = two.save(base, tmp_path / "base"), two.save(two.tuned(base), tmp_path / "tuned")
+    with pytest.raises(UsageError, match="embed_tokens is tied to lm_head"):
+        extract(*folders, tmp_path / "lora", rank=4, include=["embed_tokens", "q_proj"])
+
+
+def test_nothing_is_clamped_beside_an_identity(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="rank full has no factors to clamp"):
+        run(pair, tmp_path, rank="full", clamp_quantile=0.9)
+
+
+def test_full_rank_of_half_precision_is_kept_in_float32(tmp_path: Path) -> None:
+    base = two.model("Llama")
+    tuned = two.tuned(base)
+    folders = (
+        two.save(base.bfloat16(), tmp_path / "base"),
+        two.save(tuned.bfloat16(), tmp_path / "tuned"),
+    )
+    whole = differences(*folders)
+    made = extract(*folders, tmp_path / "lora", rank="full", rest="ignore")
+    for name, delta in deltas(made).items():
+        matrix = whole[f"{name}.weight"]
+        torch.testing.assert_close(delta.dense().double(), matrix, rtol=1e-6, atol=0)
+    half = extract(*folders, tmp_path / "half", rank="full", rest="ignore", dtype="bfloat16")
+    errors = []
+    for name, delta in deltas(half).items():
+        matrix = whole[f"{name}.weight"]
+        errors.append(float((delta.dense().double() - matrix).norm() / matrix.norm()))
+        assert half.report["modules"][name]["error"] == pytest.approx(errors[-1], rel=1e-4)
+    assert 1e-4 < max(errors) < 1e-2
+
+
+def test_what_lies_all_along_the_base_leaves_nothing(tmp_path: Path) -> None:
+    base = two.model("Llama")
+    tuned = two.model("Llama")
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.mul_(1.01)
+    folders = two.save(base, tmp_path / "base"), two.save(tuned, tmp_path / "tuned")
+    with pytest.raises(NotApplied, match="have the same weights in all 14 modules"):
+        extract(*folders, tmp_path / "lora", rank=4, component="orthogonal", rest="ignore")
+
+
+def test_a_plot_that_fails_leaves_an_adapter_that_is_known(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OutputError("no room for a figure")
+
+    monkeypatch.setattr("lorahub_registry.api.factored.plot", fails)
+    with Registry() as registry:
+        with pytest.raises(OutputError, match="no room"):
+            run(pair, tmp_path, rank=4, registry=registry, plot_to=tmp_path / "p.png")
+        assert registry.get("lora").record.local_path == str(tmp_path / "lora")
+
+
+@pytest.mark.parametrize("where", ["save_config", "assemble"])
+def test_it_goes_on_from_wherever_it_was_stopped(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    whole = run(pair, tmp_path / "whole", rank=4)
+    module = {"save_config": files_room, "assemble": factorise}[where]
+    really = getattr(module, where)
+
+    def stopped(*words: Any, **more: Any) -> Any:
+        if where == "assemble":
+            really(*words, **more)
+        raise error
+
+    for error in (KeyboardInterrupt(), RuntimeError("out of memory"), MemoryError()):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, where, stopped)
+            with pytest.raises(type(error)):
+                run(pair, tmp_path / "broken", rank=4)
+        assert unfinished(tmp_path / "broken" / "lora").exists()
+    factors = unfinished(tmp_path / "broken" / "lora") / ".factors"
+    next(iter(sorted(factors.iterdir()))).unlink()
+    again = run(pair, tmp_path / "broken", rank=4)
+    for name in ("adapter_model.safetensors", "adapter_config.json", "lorareg.json"):
+        assert (again.path / name).read_bytes() == (whole.path / name).read_bytes()
+    assert not [p for p in again.path.iterdir() if p.name.startswith(".")]
+
+
+def test_what_a_kill_had_moved_aside_takes_its_place_again(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    made = run(pair, tmp_path, rank=4)
+    before = (made.path / "adapter_model.safetensors").read_bytes()
+    aside = unfinished(made.path).with_name(".lora.unfinished.old")
+    made.path.rename(aside)
+    with pytest.raises(OutputError, match="exists and is not empty"):
+        run(pair, tmp_path, rank=2)
+    assert (made.path / "adapter_model.safetensors").read_bytes() == before
+    assert not aside.exists()
+    shutil.copytree(made.path, aside)
+    run(pair, tmp_path, rank=2, force=True)
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux how much memory it took")
+def test_one_matrix_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    """Peak memory: at most twice the largest tensor and 500 MB, what is imported included."""
+    folders = tmp_path / "base", tmp_path / "tuned"
+    base = two.model(
+        "Llama", hidden_size=2048, intermediate_size=16384, num_hidden_layers=1, vocab_size=200,
+        num_attention_heads=8, num_key_value_heads=2,
+    )  # fmt: skip
+    two.save(base, folders[0])
+    two.save(two.tuned(base, size=0.01), folders[1])
+    child = (
+        "import sys\n"
+        "from lorahub_registry.api.extract import extract\n"
+        "extract(*sys.argv[1:4], rank=8, rest='ignore', include=['up_proj', 'q_proj'])\n"
+        "[line] = [l for l in open('/proc/self/status') if l.startswith('VmHWM')]\n"
+        "print(int(line.split()[1]) << 10)\n"
+    )
+    words = [sys.executable, "-c", child, *map(str, folders), str(tmp_path / "lora")]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    largest = 2048 * 16384 * 4
+    assert int(done.stdout) < 2 * largest + (500 << 20)

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lorahub_registry.adapters.facts import read_facts
+from lorahub_registry.api.extract import extract
 from lorahub_registry.api.merge import merge
 from lorahub_registry.errors import (
     BaseModelError,
@@ -30,6 +31,7 @@ from lorahub_registry.errors import (
 )
 from lorahub_registry.weights import merged as work
 from lorahub_registry.weights.files import load_deltas
+from lorahub_registry.weights.stream.pairs import open_models
 from tests import tiny
 
 LLAMA = {"r": 4, "lora_alpha": 8}
@@ -206,6 +208,87 @@ def test_a_tied_end_that_changes_alone_is_written_apart(
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
     after = tensors(out)
     assert not torch.equal(after["lm_head.weight"], after["transformer.wte.weight"])
+
+
+def test_a_head_apart_has_a_difference_from_the_tied_one(
+    bases: Mapping[str, tiny.Tiny], made: Make, tmp_path: Path
+) -> None:
+    base, out = bases["gpt2"], tmp_path / "merged"
+    merge(base.folder, {str(made("tied-head")): 1.0}, out)
+    before, after = tensors(base.folder), tensors(out)
+    head, table = "lm_head.weight", "transformer.wte.weight"
+    for one, other, sign in ((base.folder, out, 1), (out, base.folder, -1)):
+        with open_models(one, other) as models:
+            pairs = {pair.name: pair for pair in models.pairs}
+            assert set(pairs) == set(after)
+            assert models.unknown == ()
+            delta = models.difference(pairs[head])
+            assert not models.difference(pairs[table]).any()
+        assert torch.equal(delta, sign * (after[head] - before[table]))
+        assert delta.any()
+    # And the head's own difference brings the tied base to the merged model.
+    found = extract(base.folder, out, tmp_path / "lora", rank=4, include=["lm_head"])
+    assert found.report["error"] < 1e-5
+    expected = logits(load(out))
+    torch.testing.assert_close(logits(wrapped(base, found.path)), expected, rtol=1e-4, atol=2e-5)
+
+
+def test_what_is_written_apart_is_counted_in_the_index(
+    bases: Mapping[str, tiny.Tiny], made: Make, tmp_path: Path
+) -> None:
+    base = half(bases["gpt2"], tmp_path, torch.float32, shards=3)
+    index = "model.safetensors.index.json"
+    for name in ("conv1d", "tied-head"):
+        out = tmp_path / name
+        merge(base, {str(made(name)): 1.0}, out)
+        before, after = (json.loads((p / index).read_text())["metadata"] for p in (base, out))
+        assert before["total_parameters"] > 0
+        assert after["total_parameters"] == load(out).num_parameters()
+
+
+@pytest.mark.parametrize("kind", ["dora", "conv1d-dora"])
+def test_magnitudes_over_nothing_are_refused(
+    kind: str, bases: Mapping[str, tiny.Tiny], made: Make, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(bases[MADE[kind][0]].folder, base)
+    adapter = changed(made(kind), tmp_path / "adapter")
+    path = adapter / "adapter_model.safetensors"
+    state = load_file(path)
+    for key in state:
+        if "lora_B" in key:
+            state[key][3] = 0
+    save_file(state, path)
+    held = load_file(base / "model.safetensors")
+    name, what = "transformer.h.1.attn.c_attn", "column"
+    if kind == "dora":
+        name, what = "model.layers.1.self_attn.q_proj", "row"
+        held[f"{name}.weight"][3] = 0
+    else:
+        held[f"{name}.weight"][:, 3] = 0
+    save_file(held, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(IncompatibleAdapters, match=rf"{name}: {what} 3 of W \+ ΔW is all zero"):
+        merge(base, {str(adapter): 1.0}, tmp_path / "m")
+
+
+def test_a_run_of_other_versions_is_begun_anew(
+    bases: Mapping[str, tiny.Tiny], made: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(source: Path, target: Path) -> list[str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lorahub_registry.weights.papers.copy_papers", stopped)
+
+    def said() -> str:
+        talk = Talk()
+        with pytest.raises(KeyboardInterrupt):
+            merge(bases["llama"].folder, {str(made("plain")): 1.0}, tmp_path / "m", progress=talk)
+        return talk.said[0]
+
+    assert "are kept" in said()
+    assert "an earlier run was stopped" in said()
+    monkeypatch.setattr("lorahub_registry.api.output.version", lambda name: "0.0")
+    assert "are kept" in said()
 
 
 def test_ends_that_change_alike_stay_one(
@@ -611,7 +694,7 @@ def test_places(base: Path, made: Make, tmp_path: Path) -> None:
         merge(base, terms, out, force=True)
     # A merged model is a base again; not in its own place.
     (out / "mine").unlink()
-    with pytest.raises(OutputError, match="is what would be merged"):
+    with pytest.raises(OutputError, match="holds what this is made of"):
         merge(out, terms, out, force=True)
     merge(out, terms, tmp_path / "again")
     shutil.rmtree(tmp_path / "again")

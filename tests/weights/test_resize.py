@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from lorahub_registry.adapters.facts import read_facts
 from lorahub_registry.api.resize import resize
 from lorahub_registry.errors import BrokenAdapter, IncompatibleAdapters, NotApplied
 from lorahub_registry.weights.files import load_deltas
+from lorahub_registry.weights.lowrank import LowRank
 from tests import tiny
 from tests.weights import two
 
@@ -77,6 +81,77 @@ def test_a_half_precision_adapter_stays_one(tiny_llama: tiny.Tiny, tmp_path: Pat
     assert {t.dtype for t in stored.values()} == {torch.bfloat16}
     # All ranks are there: what is told is the rounding.
     assert 1e-4 < made.report["error"] < 5e-3
+
+
+def rewritten(
+    source: Path,
+    folder: Path,
+    change: Callable[[str, torch.Tensor], torch.Tensor],
+    **config: object,
+) -> Path:
+    """A copy of an adapter with other tensors and more in its config."""
+    folder.mkdir()
+    told = json.loads((source / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(told | config))
+    tensors = load_file(source / "adapter_model.safetensors")
+    save_file({n: change(n, t) for n, t in tensors.items()}, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("asked", [{"rank": 3}, {"energy": 0.8}, {"rank": "full"}])
+def test_factors_as_large_as_the_matrix_are_multiplied_once(
+    tiny_llama: tiny.Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: Any
+) -> None:
+    drawn = torch.Generator().manual_seed(5)
+
+    def large(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        other = tensor.shape["lora_A" in name]
+        shape = (20, other) if "lora_A" in name else (tensor.shape[0], 20)
+        return torch.randn(shape, generator=drawn)
+
+    folder = rewritten(tiny_llama.adapter("wide"), tmp_path / "large", large, r=20, lora_alpha=20)
+
+    def no_qr(delta: LowRank) -> None:
+        raise AssertionError("QR of factors that are larger than their product")
+
+    monkeypatch.setattr(LowRank, "core", no_qr)
+    made = resize(folder, tmp_path / "made", **asked)
+    after = load_deltas(made.path, read_facts(made.path))
+    for name, delta in load_deltas(folder, read_facts(folder)).items():
+        dense, told = delta.to("cpu", torch.float64).dense(), made.report["modules"][name]
+        values = torch.linalg.svdvals(dense)
+        full = min(20, *dense.shape)
+        shares = values.square().cumsum(0) / values.square().sum()
+        expected = {"rank": asked.get("rank"), "energy": int((shares < 0.8).sum()) + 1}
+        rank = expected[next(iter(asked))]
+        assert told["rank"] == (full if rank == "full" else rank)
+        error = float((dense - after[name].dense().double()).norm())
+        assert told["norm"] == pytest.approx(float(dense.norm()), rel=1e-6)
+        assert told["error"] == pytest.approx(error / float(dense.norm()), rel=1e-3, abs=1e-6)
+        assert error <= 1.001 * float(values[told["rank"] :].norm()) + 1e-4
+
+
+def test_a_size_of_large_factors_is_kept(
+    tiny_llama: tiny.Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_llama.adapter("wide")
+    plain = resize(folder, tmp_path / "plain", max_bytes=8_000)
+    monkeypatch.setattr("lorahub_registry.weights.resize._large", lambda delta: True)
+    dense = resize(folder, tmp_path / "dense", max_bytes=8_000)
+    for name, told in plain.report["modules"].items():
+        other = dense.report["modules"][name]
+        assert told["rank"] == other["rank"]
+        for key in ("norm", "kept", "error", "effective_rank"):
+            assert told[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6)
+
+
+def test_what_the_type_cannot_hold_is_refused(tiny_llama: tiny.Tiny, tmp_path: Path) -> None:
+    folder = rewritten(
+        tiny_llama.adapter("plain"), tmp_path / "huge", lambda name, tensor: tensor * 1e6
+    )
+    with pytest.raises(NotApplied, match=r"q_proj: its factors are more than float16 holds"):
+        resize(folder, tmp_path / "no", rank=2, dtype="float16")
+    resize(folder, tmp_path / "yes", rank=2, dtype="bfloat16")
 
 
 @pytest.mark.parametrize("kind", ["dora", "bias", "lora_bias", "modules_to_save", "ia3"])

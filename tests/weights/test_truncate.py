@@ -241,3 +241,25 @@ def test_terms_that_cancel_keep_what_is_left_where_factors_are_as_large_as_the_m
     found = truncate(whole, rank=4).delta
     gap = found.b.double() @ found.a.double() - wanted
     assert float(gap.norm() / wanted.norm()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("leading", "times", "slope", "rank"),
+    [(16, 30.0, 0.5, 64), (4, 1000.0, 1.0, 16), (1, 1.0, 0.0, 24), (8, 5.0, 0.1, 32)],
+)
+def test_the_search_ends_near_the_least_error_on_slow_tails(
+    leading: int, times: float, slope: float, rank: int
+) -> None:
+    """Gains level off where a few directions stand above a tail that hardly falls."""
+    size = 768
+    made = torch.Generator().manual_seed(1)
+    u, v = (
+        torch.linalg.qr(torch.randn(size, size, generator=made, dtype=torch.float64))[0]
+        for _ in range(2)
+    )
+    values = 1 - slope * torch.arange(size, dtype=torch.float64) / size
+    values[:leading] *= times
+    matrix = ((u * values) @ v.T).float()
+    found = truncate_dense(matrix, rank=rank)
+    least = float(values[rank:].norm())
+    assert float((matrix.double() - found.delta.dense().double()).norm()) <= 1.001 * least

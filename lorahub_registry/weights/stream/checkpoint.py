@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -132,10 +131,8 @@ class Checkpoint:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        maps, self._maps = self._maps, {}
-        for mapped in maps.values():
-            with suppress(BufferError):  # a tensor still looks at it: it goes with that tensor
-                mapped.close()
+        # Not closed: a tensor that still looks at a map holds it, and reading it would crash.
+        self._maps = {}
 
     def rows(self, name: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
         """Rows ``begin`` to ``end`` as stored, a view on the file: it must not be written to."""

@@ -47,7 +47,8 @@ class Models:
     """Both models, their files mapped.
 
     Attributes:
-        pairs: every floating-point parameter that both have.
+        pairs: every floating-point parameter that both have. Where an end of a tied parameter is
+            one by itself in the other model, it has a pair of its own.
         rest: names of the tuned model's tensors that are in no pair: not numbers that can be
             subtracted, or unknown to its architecture.
     """
@@ -57,6 +58,21 @@ class Models:
     skeleton: Skeleton
     pairs: tuple[Pair, ...]
     rest: tuple[str, ...]
+
+    @property
+    def leftovers(self) -> tuple[Pair, ...]:
+        """Of :attr:`unknown`, what both store under one name, shape and type.
+
+        As experts that transformers joins when it loads them: no module has their names, and yet
+        they have a difference.
+        """
+        found = []
+        for name in self.unknown:
+            first, second = self.base.tensors.get(name), self.tuned.tensors[name]
+            if first and (first.shape, first.dtype) == (second.shape, second.dtype):
+                module, _, leaf = name.rpartition(".")
+                found.append(Pair(name, module, leaf, "other", first, second))
+        return tuple(found)
 
     @property
     def unknown(self) -> tuple[str, ...]:
@@ -145,11 +161,12 @@ def _paired(
     base: Checkpoint, tuned: Checkpoint, one: Skeleton, other: Skeleton
 ) -> tuple[tuple[Pair, ...], tuple[str, ...]]:
     here, there = one.stored(base.tensors), other.stored(tuned.tensors)
+    first_names = dict.fromkeys([*here, *there])
+    _lend(here, there, one)
+    _lend(there, here, other)
     _same_names(base, tuned, here, there, other)
     pairs, used = [], set()
-    for name in other.shapes:
-        if name not in here or name not in there:
-            continue
+    for name in first_names:
         first, second = base.tensors[here[name]], tuned.tensors[there[name]]
         if not (first.floating and second.floating):
             continue
@@ -159,6 +176,14 @@ def _paired(
         pairs.append(Pair(name, module, leaf, kind, first, second))
         used.add(there[name])
     return tuple(pairs), tuple(name for name in tuned.tensors if name not in used)
+
+
+def _lend(lacking: dict[str, str], known: dict[str, str], tied: Skeleton) -> None:
+    """Add ends of tied parameters that are parameters of their own in the other model."""
+    for name in known:
+        shared = tied.tied.get(name)
+        if name not in lacking and shared in lacking:
+            lacking[name] = lacking[shared]
 
 
 def _same_names(

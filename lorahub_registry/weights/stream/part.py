@@ -26,7 +26,7 @@ try:
 except ImportError:  # Windows: two runs into one folder are the user's to avoid
     fcntl = None
 
-_JOURNAL = ".journal.jsonl"
+JOURNAL = ".journal.jsonl"
 _SYNC = 256 << 20  # bytes written between two entries into the journal
 
 
@@ -44,7 +44,8 @@ class Part:
 
     Attributes:
         folder: where to write.
-        done: what an earlier run finished and this one: name → facts given to :meth:`mark`.
+        done: what an earlier run finished and this one: name → facts given to :meth:`mark`. What
+            turns out not to be there may be taken out.
         resumed: how many of them were there already.
 
     Raises:
@@ -62,11 +63,14 @@ class Part:
         self.resumed = 0
 
     def __enter__(self) -> Part:
-        journal = self.folder / _JOURNAL
+        journal = self.folder / JOURNAL
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = journal.open("a+", encoding="utf-8")
-            self._own()
+            while self._file is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._file = journal.open("a+", encoding="utf-8")
+                self._own()
+                if not _is_at(self._file, journal):  # moved away while we waited for it
+                    self._close()
             self._file.seek(0)
             lines = self._file.read().splitlines(keepends=True)
             if lines[:1] == [json.dumps(self._key) + "\n"]:
@@ -108,12 +112,14 @@ class Part:
         with self._lock:
             self._flush()
 
-    def finished(self) -> Path:
-        """All is written: the journal goes, and the folder may take its place."""
+    def settle(self, put: Callable[[Path], Path]) -> None:
+        """All is written: ``put`` moves the folder to where it belongs, and the journal goes.
+
+        The lock is held until then: nobody else finds the folder between.
+        """
         self._waiting.clear()
+        (put(self.folder) / JOURNAL).unlink(missing_ok=True)
         self._close()
-        (self.folder / _JOURNAL).unlink()
-        return self.folder
 
     def forget(self) -> None:
         """Leave nothing: the output is not wanted."""
@@ -135,7 +141,7 @@ class Part:
 
     def _begin(self) -> None:
         for left in self.folder.iterdir():
-            if left.name != _JOURNAL:
+            if left.name != JOURNAL:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         self._file.truncate(0)
         self._file.write(json.dumps(self._key) + "\n")
@@ -171,3 +177,10 @@ class Part:
         if file is not None:
             with suppress(OSError):  # a full disk: what is lost is done again
                 file.close()
+
+
+def _is_at(file: Any, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

@@ -63,33 +63,38 @@ def rewrite(
     Raises:
         OutputError: the disk has no room, or the folder cannot be written.
     """
-    todo = [t for t in tensors if t.name not in part.done]
     sizes = {p.name: p.bytes for files in layout.values() for p in files}
-    left = {t.name: len(t.blocks) for t in todo}
-    lock = threading.Lock()
     metadata = {file.name: found for file, found in like.files.items()}
     with Shards(part.folder, layout, metadata, like.index) as shards:
+        for name in shards.begun & part.done.keys():
+            del part.done[name]
         part.before_marking(shards.sync)
-        with progress.task(title, sum(sizes[t.name] for t in todo), "B") as task:
+        todo = [t for t in tensors if t.name not in part.done]
+        left = {t.name: len(t.blocks) for t in todo}
+        lock = threading.Lock()
+        try:
+            with progress.task(title, sum(sizes[t.name] for t in todo), "B") as task:
 
-            def one(block: tuple[Rewrite, int, int]) -> None:
-                tensor, begin, end = block
-                rows = tensor.make(begin, end)
-                shards.put(tensor.name, rows, begin)
-                size = rows.numel() * rows.itemsize
-                del rows
-                forget(tensor.name, begin, end)
-                with lock:
-                    left[tensor.name] -= 1
-                    last = not left[tensor.name]
-                    task.advance(size)
-                if last:
-                    part.mark(tensor.name, tensor.facts(), sizes[tensor.name])
+                def one(block: tuple[Rewrite, int, int]) -> None:
+                    tensor, begin, end = block
+                    rows = tensor.make(begin, end)
+                    shards.put(tensor.name, rows, begin)
+                    size = rows.numel() * rows.itemsize
+                    del rows
+                    forget(tensor.name, begin, end)
+                    with lock:
+                        left[tensor.name] -= 1
+                        last = not left[tensor.name]
+                        task.advance(size)
+                    if last:
+                        part.mark(tensor.name, tensor.facts(), sizes[tensor.name])
 
-            spread(_blocks(todo), one, workers=workers)
-        for tensor in todo:
-            if not tensor.blocks:
-                part.mark(tensor.name, tensor.facts())
+                spread(_blocks(todo), one, workers=workers)
+            for tensor in todo:
+                if not tensor.blocks:
+                    part.mark(tensor.name, tensor.facts())
+        finally:
+            part.flush()  # while the files are open: data first, then the journal
         shards.finish()
 
 

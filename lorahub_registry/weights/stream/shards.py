@@ -58,6 +58,10 @@ class Shards:
         metadata: of each file's header, by file name.
         index: the metadata of an index over all files; None: there is none.
 
+    Attributes:
+        begun: names of the tensors in files that were not there, or not of their size: nothing of
+            these is written yet, whatever a journal says.
+
     Raises:
         OutputError: the disk has no room for them, or they cannot be written.
     """
@@ -70,6 +74,7 @@ class Shards:
         index: Mapping[str, Any] | None = None,
     ) -> None:
         self.layout = layout
+        self.begun: set[str] = set()
         self._index = index
         self._folder = folder
         self._heads = {file: _head(layout[file], metadata.get(file, {})) for file in layout}
@@ -90,6 +95,7 @@ class Shards:
                 size = len(self._heads[file]) + sum(t.bytes for t in tensors)
                 if os.fstat(handle).st_size != size:
                     _reserve(handle, size)
+                    self.begun |= {t.name for t in tensors}
                 _write(handle, self._heads[file], 0)
         except OSError as error:
             self._close()

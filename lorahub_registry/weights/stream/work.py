@@ -13,12 +13,15 @@ import torch
 _T = TypeVar("_T")
 
 
+_MOST = 12  # workers: each holds some blocks of rows, and more would wait for the disk
+
+
 def cores() -> int:
-    """How many this process may use."""
+    """How many this process may use, and has use for."""
     try:
-        return len(os.sched_getaffinity(0))
+        return min(_MOST, len(os.sched_getaffinity(0)))
     except AttributeError:  # not on every system
-        return os.cpu_count() or 1
+        return min(_MOST, os.cpu_count() or 1)
 
 
 def spread(items: Iterable[_T], work: Callable[[_T], Any], *, workers: int | None = None) -> None:
@@ -40,8 +43,13 @@ def spread(items: Iterable[_T], work: Callable[[_T], Any], *, workers: int | Non
     stop = threading.Event()
 
     def one(item: _T) -> None:
-        if not stop.is_set():
+        if stop.is_set():
+            return
+        try:
             work(item)
+        except BaseException:
+            stop.set()
+            raise
 
     def alone() -> None:
         torch.set_num_threads(1)  # of this thread: the cores are shared out already

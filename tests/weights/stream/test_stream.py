@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from lorahub_registry.errors import BaseModelError, OutputError
 from lorahub_registry.weights.stream import part as parts
 from lorahub_registry.weights.stream.checkpoint import Checkpoint
 from lorahub_registry.weights.stream.part import Part, unfinished
+from lorahub_registry.weights.stream.rewrite import Rewrite, copied, rewrite
 from lorahub_registry.weights.stream.shards import Planned, Shards, same_layout
 from lorahub_registry.weights.stream.work import spread
 
@@ -161,8 +163,9 @@ def test_what_was_marked_is_done_and_another_key_begins_anew(tmp_path: Path) -> 
     with Part(out, {"command": "other"}) as part:
         assert part.done == {"a": {"n": 1}}
         assert part.resumed == 1
-        assert part.finished() == unfinished(out)
-    assert not list(unfinished(out).iterdir())
+        part.settle(lambda folder: folder.rename(out))
+    assert not list(out.iterdir())
+    assert not unfinished(out).exists()
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-3], lambda b: b + b'["half'])
@@ -210,6 +213,85 @@ def test_two_processes_do_not_write_one_output(tmp_path: Path) -> None:
     with Part(out, KEY):
         assert run() == f"{out}: another process is writing it"
     assert run() == "written"
+
+
+def test_nobody_takes_the_folder_while_it_moves(tmp_path: Path) -> None:
+    out, told = tmp_path / "out", []
+    child = (
+        "import sys; from pathlib import Path\n"
+        "from lorahub_registry.weights.stream.part import Part\n"
+        "try:\n"
+        "    with Part(Path(sys.argv[1]), {'command': 'other'}): print('begun')\n"
+        "except Exception as error: print(error)\n"
+    )
+
+    def put(folder: Path) -> Path:
+        command = [sys.executable, "-c", child, str(out)]
+        told.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        return folder.rename(out)
+
+    with Part(out, KEY) as part:
+        (part.folder / "result").write_text("whole")
+        part.settle(put)
+    assert told == [f"{out}: another process is writing it\n"]
+    assert [p.name for p in out.iterdir()] == ["result"]
+
+
+def test_a_file_that_was_lost_is_written_again(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with Checkpoint(model) as source:
+
+        def write(stop: bool) -> list[str]:
+            written = []
+
+            def put(name: str) -> Rewrite:
+                same = copied(source, name)
+
+                def make(begin: int, end: int) -> torch.Tensor:
+                    written.append(name)
+                    if stop and name == "scalar":
+                        raise KeyboardInterrupt
+                    return same.make(begin, end)
+
+                return Rewrite(name, same.blocks, make)
+
+            with Part(out, KEY) as part:
+                tensors = [put(name) for name in source.tensors]
+                rewrite(
+                    part, same_layout(source), source, tensors, source.forget, title="", workers=1
+                )
+            return written
+
+        with pytest.raises(KeyboardInterrupt):
+            write(stop=True)
+        (unfinished(out) / "model-00001-of-00002.safetensors").unlink()
+        assert {"a", "flag", "half", "tiny"} <= set(write(stop=False))
+    before, after = tensors(model), tensors(unfinished(out))
+    assert all(torch.equal(raw(after[name]), raw(tensor)) for name, tensor in before.items())
+
+
+def test_the_data_is_on_the_disk_before_the_journal_says_so(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the run is stopped from outside."""
+    synced, really = [], os.fsync
+
+    def fsync(handle: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{handle}").rsplit("/", 1)[-1])
+        really(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with Checkpoint(model) as source, Part(tmp_path / "out", KEY) as part:
+
+        def stop(begin: int, end: int) -> torch.Tensor:
+            raise KeyboardInterrupt
+
+        ids = Rewrite("ids", [(0, 9)], stop)
+        work = [ids if n == "ids" else copied(source, n) for n in source.tensors]
+        with pytest.raises(KeyboardInterrupt):
+            rewrite(part, same_layout(source), source, work, source.forget, title="", workers=1)
+    shards = {f"model-0000{n}-of-00002.safetensors" for n in (1, 2)}
+    assert shards <= set(synced[: synced.index(".journal.jsonl")])
 
 
 @pytest.mark.parametrize("workers", [1, 3])
