@@ -125,19 +125,21 @@ class Difference:
         """
         how = self._how
         matrix, more = self._matrix()
-        norm = truncate.frobenius(matrix)
-        if norm == 0 or rank == 0:
-            return Cut(nothing(self.shape), norm, norm**2, torch.zeros(0), more)
-        if rank is None and energy is None:
+        if rank == 0 or (rank is None and energy is None):
+            norm = truncate.frobenius(matrix)
+            if norm == 0 or rank == 0:
+                return Cut(nothing(self.shape), norm, norm**2, torch.zeros(0), more)
             written = _whole(matrix, how.dtype)
             large = written.b if written.b.shape == matrix.shape else written.a
             lost = truncate.rounding(matrix, large) ** 2
             return Cut(written.to("cpu"), norm, lost, truncate.singular_values(matrix), more)
-        else:
-            found = truncate.truncate_dense(
-                matrix, rank=rank, energy=energy, seed=how.seed, exact=how.exact
-            )
-            delta, lost, values = found.delta, found.lost, singular_values(found.delta)
+        found = truncate.truncate_dense(
+            matrix, rank=rank, energy=energy, seed=how.seed, exact=how.exact
+        )
+        norm = math.sqrt(found.energy)
+        if norm == 0:
+            return Cut(nothing(self.shape), 0.0, 0.0, torch.zeros(0), more)
+        delta, lost, values = found.delta, found.lost, singular_values(found.delta)
         if how.clamp_quantile is not None:
             delta = _clamped(delta, how.clamp_quantile)
         written = delta.to(matrix.device, how.dtype)

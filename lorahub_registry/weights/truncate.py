@@ -18,6 +18,7 @@ SMALL = 512  # up to here, all directions at once cost less than looking for som
 _SHARE = 1e-12  # a share of energy within this of the asked one counts as kept
 _GAP = 1e-3  # how much more than the least possible a search may leave, in energy lost
 _MOST_STEPS = 40
+_PLAIN = 1e-30  # sums of squares from here to its inverse are far from float32's limits
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def truncate_dense(
     ):
         directions = _leading(matrix, total, rank, energy, seed)
     if directions is None:
-        directions = _all(matrix, total, rank, energy)
+        directions = _all(matrix, rank, energy)
     # The best approximation in these directions is the projection on them.
     b = matrix @ directions
     lost = distance(matrix, b, directions.T) ** 2 if total > 0 else 0.0
@@ -133,9 +134,7 @@ def _rank(squares: torch.Tensor, total: float, rank: int | None, energy: float |
     return keep
 
 
-def _all(
-    matrix: torch.Tensor, total: float, rank: int | None, energy: float | None
-) -> torch.Tensor:
+def _all(matrix: torch.Tensor, rank: int | None, energy: float | None) -> torch.Tensor:
     """[fan_in, kept]: right singular vectors, from the Gram matrix of the smaller side.
 
     In float64 it resolves singular values down to 1e-8 of the largest, below float32's own
@@ -145,7 +144,7 @@ def _all(
     gram = _gram(matrix if wide else matrix.T)
     values, vectors = torch.linalg.eigh(gram)
     squares = values.flip(0).clamp_min(0)
-    keep = _rank(squares, total, rank, energy)
+    keep = _rank(squares, float(squares.sum()), rank, energy)
     found = vectors.flip(1)[:, :keep].to(matrix.dtype)
     return torch.linalg.qr(matrix.T @ found)[0] if wide else found
 
@@ -223,9 +222,20 @@ def _gram(rows: torch.Tensor) -> torch.Tensor:
 
 
 def frobenius(matrix: torch.Tensor) -> float:
-    """‖matrix‖ in float64, some rows at a time: torch would copy all of it to float64."""
-    parts = matrix.split(_rows(matrix))
-    return math.hypot(*(float(torch.linalg.vector_norm(p, dtype=torch.float64)) for p in parts))
+    """‖matrix‖, to 1e-7 of it where that is float32, and never a copy of the whole.
+
+    Blocks that a cache holds are multiplied with themselves in their own type and summed in
+    float64; where squares leave float32's range, in float64.
+    """
+    squares = 0.0
+    matrix = matrix if matrix.is_contiguous() else matrix.T
+    for rows in matrix.split(max(1, _rows(matrix) // 64)):
+        flat = rows.reshape(-1)
+        square = float(torch.dot(flat, flat))
+        if not _PLAIN < square < 1 / _PLAIN and flat.numel():
+            square = float(torch.linalg.vector_norm(flat, dtype=torch.float64)) ** 2
+        squares += square
+    return math.sqrt(squares)
 
 
 def rounding(matrix: torch.Tensor, rounded: torch.Tensor) -> float:
