@@ -17,6 +17,7 @@ from lorahub_registry.evaluate.quiet import without_bars
 from lorahub_registry.evaluate.tokens import Batch, Encoded, batches, tokens_that_fit
 from lorahub_registry.runtime.operator import is_adaptable
 from lorahub_registry.weights.files import DTYPES
+from lorahub_registry.weights.stream.skeleton import LOADING
 
 
 @dataclass
@@ -103,7 +104,7 @@ def load_base(
             else transformers.AutoModelForCausalLM
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(location, trust_remote_code=False)
-        with without_bars():
+        with LOADING, without_bars():
             model = kind.from_pretrained(
                 location,
                 dtype="auto" if dtype == "auto" else DTYPES[dtype],

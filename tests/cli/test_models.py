@@ -118,7 +118,7 @@ def test_no_force_replaces_what_an_output_is_made_of(lorareg, pair, tmp_path):
     calls = [
         ["extract", *merged],
         ["dare", *merged],
-        ["resize", "lora", "--out", tmp_path / "lora"],
+        ["resize", "lora", "--rank", "2", "--out", tmp_path / "lora"],
         ["dare", "--adapter", "lora", "--out", tmp_path / "lora"],
         ["merge", "--base", tmp_path / "merged", "--adapter", "lora", "--out", tmp_path / "merged"],
         ["merge", "--base", base, "--adapter", "lora", "--out", tmp_path / "lora"],

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from lorahub_registry.errors import BaseModelError
 from lorahub_registry.evaluate.base import adopt, load_base, pick_device
@@ -102,3 +104,11 @@ def test_threads_are_kept_to_one_and_given_back(tiny_llama: tiny.Tiny) -> None:
     with threads_for(tiny_llama.model()):
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
+
+
+def test_bases_that_threads_load_at_once_leave_transformers_as_it_was(tiny_gpt2: tiny.Tiny) -> None:
+    tie = transformers.PreTrainedModel.tie_weights
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(lambda _: load_base(tiny_gpt2.folder, name="one"), range(12)))
+    assert transformers.PreTrainedModel.tie_weights is tie
+    assert all(m.model.lm_head.weight is m.model.transformer.wte.weight for m in loaded)

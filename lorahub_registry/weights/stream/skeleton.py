@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,10 @@ import transformers
 from torch import nn
 
 from lorahub_registry.errors import BaseModelError
+
+LOADING = threading.Lock()
+"""Held while transformers builds or loads a model: it patches itself for that time, and of two at
+once one would leave it patched, without tied weights."""
 
 Kind = Literal["linear", "conv1d", "embedding", "other"]
 
@@ -78,7 +83,7 @@ def read_skeleton(folder: Path) -> Skeleton:
     try:
         raw = json.loads((folder / "config.json").read_text("utf-8"))
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with torch.device("meta"):
+        with LOADING, torch.device("meta"):
             model = _class_of(config).from_config(config)
     except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
