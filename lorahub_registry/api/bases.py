@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorahub_registry.adapters.base_files import BaseFacts, base_digest, base_stamp, read_base
+from lorahub_registry.adapters.tensors import file_sha256
 from lorahub_registry.errors import AmbiguousRef, BaseModelError
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.refs import expand, looks_like_path
@@ -29,9 +30,10 @@ class ResolvedBase:
 
     @property
     def key(self) -> dict[str, str | None]:
-        """What changes when it does, for those that go on where they were: its files' stamp."""
+        """What changes when it does, for those that go on where they were."""
         assert self.folder is not None
-        return {**self.facts.named, "stamp": base_stamp(self.folder)}
+        config = file_sha256(self.folder / "config.json")
+        return {**self.facts.named, "stamp": base_stamp(self.folder), "config": config}
 
 
 def resolve_base(

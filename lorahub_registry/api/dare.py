@@ -108,8 +108,7 @@ def dare(
                 change=lambda pair, delta: drop.apply(pair.name, delta),
             )  # fmt: skip
             return Dropped(made.path, dict(made.report), made.adapter)
-        configs = [file_sha256(folder / "config.json") for folder in folders]
-        key = report | {"base": first.key, "tuned": second.key, "configs": configs}
+        key = report | {"base": first.key, "tuned": second.key}
         return _drop_models(models, drop, out, report, key, force, workers, progress)
 
 

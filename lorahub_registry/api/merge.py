@@ -152,7 +152,6 @@ def _write(
         "versions": report_head("merge", "transformers")["versions"],
         "tile": TILE,
         "base": base.key,
-        "config": file_sha256(base.folder / "config.json"),
         "adapters": [[m.digest, file_sha256(m.folder / CONFIG_NAME), m.coefficient]
                      for m in members],
     }  # fmt: skip
