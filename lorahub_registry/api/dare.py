@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -200,6 +200,7 @@ def dare_adapter(
             )
         return Beside({"total": _total({name: m["drop"] for name, m in modules.items()})})
 
+    text = f"DARE of {member.name}: {rate:.4g} of the entries dropped, strategy {strategy}"
     made = write_factored(
         out,
         [Thinned(file, m.name, drop, DTYPES[kind]) for m in member.facts.modules],
@@ -218,13 +219,12 @@ def dare_adapter(
         key={"config": file_sha256(member.folder / CONFIG_NAME)},
         title="Dropping",
         beside=total,
+        known={"description": text, "skills": (), "scores": ()},
         force=force,
         registry=registry,
         progress=progress,
     )
-    text = f"DARE of {member.name}: {rate:.4g} of the entries dropped, strategy {strategy}"
-    record = replace(made.adapter.record, description=text, skills=(), scores=())
-    return Dropped(made.path, dict(made.report), registry.put(record))
+    return Dropped(made.path, dict(made.report), made.adapter)
 
 
 def _head(drop: Drop) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from lorahub_registry.errors import NotApplied, UsageError
 from lorahub_registry.progress import Progress
 from lorahub_registry.refs import expand
 from lorahub_registry.registry.index import record_of_folder
-from lorahub_registry.registry.records import BaseRecord, SkillRecord, StoredAdapter
+from lorahub_registry.registry.records import BaseRecord, StoredAdapter
 from lorahub_registry.registry.store import Registry
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def write_factored(
     made_of: Sequence[Path],
     all_modules: Collection[str] = (),
     fan_in_fan_out: bool = False,
-    skills: tuple[SkillRecord, ...] = (),
+    known: Mapping[str, Any] | None = None,
     beside: Callable[[Part, Modules], Beside] = lambda part, modules: Beside({}),
     plot_to: Path | None = None,
     force: bool,
@@ -85,6 +85,7 @@ def write_factored(
     Args:
         facts: what the report opens with; with ``key`` all that decides the result is in it.
         made_of: folders that are read.
+        known: fields of its record that its files do not tell.
         beside: asked when all modules are cut.
 
     Raises:
@@ -119,8 +120,8 @@ def write_factored(
         report = {**facts, **told, "modules": plain}
         write_report(part.folder, report)
     _warn(modules, ranks, report, progress)
-    record = replace(record_of_folder(out, progress=progress), base=base)
-    stored = registry.put(replace(record, skills=skills) if skills else record)
+    record = record_of_folder(out, progress=progress)
+    stored = registry.put(replace(record, base=base, **(known or {})))
     if plot_to is not None:
         plot(_as_weights(modules), plot_to, title=out.name)
     return Factored(stored, out, report)

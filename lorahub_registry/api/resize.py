@@ -85,7 +85,7 @@ def resize(
         DTYPES[kind],
         facts,
         base=base,
-        skills=found.records[member.name].skills,
+        known={"skills": found.records[member.name].skills},
         task_type=member.facts.config.task_type or "CAUSAL_LM",
         fan_in_fan_out=member.facts.config.fan_in_fan_out,
         made_of=[member.folder],
