@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lorahub_registry.adapters.compat import check_sum
 from lorahub_registry.adapters.config import CONFIG_NAME
 from lorahub_registry.adapters.tensors import file_sha256
+from lorahub_registry.api.device import streaming_device
 from lorahub_registry.api.extract import run, two_models
 from lorahub_registry.api.factored import (
     Beside,
@@ -57,6 +58,7 @@ def dare(
     rescale: bool = True,
     seed: int = 0,
     to_lora: int | Literal["full"] | None = None,
+    device: str = "cpu",
     force: bool = False,
     workers: int | None = None,
     registry: Registry | None = None,
@@ -76,26 +78,38 @@ def dare(
         seed: of the random masks.
         to_lora: write no model but a LoRA of this rank (``full`` loses nothing) of the dropped
             difference, as :func:`lorahub_registry.api.extract.extract` does.
+        device: where that LoRA is computed: ``cpu``, ``cuda``, or ``auto``, which is CUDA where
+            there is one. The same entries are dropped on each. A model is dropped on the CPU.
         force: replace what an earlier run wrote to ``out``.
         workers: threads; as many as there are cores by default. The result is the same for any.
 
     Raises:
-        UsageError: a rate, seed or rank that is none.
+        UsageError: a rate, seed or rank that is none; a device, and no LoRA to compute there.
         BaseModelError: no model there, they are of different architectures or are one, one is
-            quantized or holds NaN, or a rescaled number is more than its type holds.
+            quantized or holds NaN, or a rescaled number is more than its type holds; no such
+            device.
         OutputError: the place cannot be written.
     """
     if registry is None:
         with Registry(progress=progress) as opened:
             return dare(
                 base, tuned, out, rate=rate, strategy=strategy, rescale=rescale, seed=seed,
-                to_lora=to_lora, force=force, workers=workers, registry=opened, progress=progress,
+                to_lora=to_lora, device=device, force=force, workers=workers, registry=opened,
+                progress=progress,
             )  # fmt: skip
     from lorahub_registry.weights.dare import Drop
     from lorahub_registry.weights.extract import How
 
-    drop, out = Drop(rate, strategy, rescale, seed), expand(str(out))
-    how = None if to_lora is None else How(read_ranks(to_lora, None, None), seed=seed)
+    drop, out, how = Drop(rate, strategy, rescale, seed), expand(str(out)), None
+    if to_lora is not None:
+        ranks = read_ranks(to_lora, None, None)
+        how = How(ranks, device=streaming_device(device), seed=seed)
+    elif device not in {"auto", "cpu"}:
+        raise UsageError(
+            f"a model is not dropped on {device}: its masks are made on the CPU, and the disk "
+            "decides how long it takes",
+            hint="leave --device out; a LoRA of the dropped change (--to-lora) is computed there",
+        )
     check_output(out, force=force)
     with two_models(base, tuned, registry, progress) as (models, first, second):
         folders = [models.base.folder, models.tuned.folder]
@@ -142,6 +156,7 @@ def dare_adapter(
     rescale: bool = True,
     seed: int = 0,
     rank: int | None = None,
+    device: str = "cpu",
     force: bool = False,
     registry: Registry | None = None,
     progress: Progress = silent,
@@ -155,12 +170,14 @@ def dare_adapter(
     Args:
         ref: a folder, a registered name or a Hub ref; pulled where needed.
         rank: of every module; its own by default.
+        device: where ΔW is formed and truncated.
 
     Others as for :func:`dare`.
 
     Raises:
         UnknownRef: there is none.
         IncompatibleAdapters: B·A is not all of it, or it changes nothing.
+        BaseModelError: no such device.
         NotApplied: nothing stays, or the factors of what does are more than their type holds.
         UsageError, OutputError: as for :func:`dare`.
     """
@@ -168,7 +185,7 @@ def dare_adapter(
         with Registry(progress=progress) as opened:
             return dare_adapter(
                 ref, out, rate=rate, strategy=strategy, rescale=rescale, seed=seed, rank=rank,
-                force=force, registry=opened, progress=progress,
+                device=device, force=force, registry=opened, progress=progress,
             )  # fmt: skip
     from lorahub_registry.weights.dare import Drop
     from lorahub_registry.weights.files import DTYPES
@@ -179,6 +196,7 @@ def dare_adapter(
     drop, out = Drop(rate, strategy, rescale, seed), expand(str(out))
     if rank is not None and rank < 1:
         raise UsageError(f"rank {rank}: it has to be 1 or more")
+    device = streaming_device(device)
     check_output(out, force=force)
     found = resolve_refs([str(ref)], beside=Path.cwd(), registry=registry, progress=progress)
     [member] = found.members
@@ -190,7 +208,7 @@ def dare_adapter(
             raise IncompatibleAdapters(f"{member.name} changes nothing: there is nothing to drop")
     kind = dtype_name(file.dtype(member.facts.modules[0].key_a))
     head = _head(drop)
-    head["options"] |= {"rank": rank, "dtype": kind}
+    head["options"] |= {"rank": rank, "dtype": kind, "device": device.split(":")[0]}
 
     def total(part: Part, modules: Modules) -> Beside:
         if not any(m["norm"] for m in modules.values()):
@@ -203,7 +221,7 @@ def dare_adapter(
     text = f"DARE of {member.name}: {rate:.4g} of the entries dropped, strategy {strategy}"
     made = write_factored(
         out,
-        [Thinned(file, m.name, drop, DTYPES[kind]) for m in member.facts.modules],
+        [Thinned(file, m.name, drop, DTYPES[kind], device) for m in member.facts.modules],
         # Without a rank each module keeps its own.
         Ranks("full" if rank is None else rank),
         DTYPES[kind],

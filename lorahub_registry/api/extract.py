@@ -94,7 +94,7 @@ def extract(
                 exact=exact, dtype=dtype, device=device, seed=seed, plot_to=plot_to, force=force,
                 registry=opened, progress=progress,
             )  # fmt: skip
-    from lorahub_registry.evaluate.base import pick_device
+    from lorahub_registry.api.device import streaming_device
     from lorahub_registry.weights.extract import How
 
     if plot_to is not None:
@@ -104,7 +104,7 @@ def extract(
         component=component,
         clamp_quantile=clamp_quantile,
         exact=exact,
-        device=pick_device(device),
+        device=streaming_device(device),
         seed=seed,
     )
     if clamp_quantile is not None and not 0 < clamp_quantile <= 1:

@@ -13,6 +13,7 @@ from lorahub_registry.adapters.compat import Member, check_base, check_sum
 from lorahub_registry.adapters.config import CONFIG_NAME
 from lorahub_registry.adapters.tensors import file_sha256
 from lorahub_registry.api.bases import ResolvedBase, resolve_base
+from lorahub_registry.api.device import streaming_device
 from lorahub_registry.api.output import check_output, report_head, resumable, write_report
 from lorahub_registry.api.resolve import resolve_refs
 from lorahub_registry.errors import IncompatibleAdapters, NotApplied, UsageError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _ALONE = frozenset({"use_dora", "bias", "lora_bias", "modules_to_save"})
 _LOST = 0.05  # of the delta: from here on the user is warned
+_THREADS = 4  # beside a device, where each has a cuBLAS workspace of its own, of up to 32 MiB
 _WHOLE_ONLY = "merge it alone and with coefficient 1, or leave it out"
 
 
@@ -35,6 +37,7 @@ def merge(
     out: str | Path,
     *,
     check: bool = False,
+    device: str = "cpu",
     force: bool = False,
     registry: Registry | None = None,
     progress: Progress = silent,
@@ -48,6 +51,8 @@ def merge(
         base: a folder, a Hub id, or a family name that the registry knows.
         adapters: (ref, coefficient) of each: a folder, a registered name or a Hub ref.
         check: load the result and compare its logits with the unmerged model's, in float32.
+        device: where sums are made and rounded: ``cpu``, ``cuda``, or ``auto``, which is CUDA where
+            there is one. Another device may round another way, in the last place.
         force: replace a model that an earlier run wrote there.
 
     Returns:
@@ -56,17 +61,19 @@ def merge(
     Raises:
         UsageError: no adapter, one twice, or coefficients that leave nothing.
         IncompatibleAdapters: what cannot be merged, by name; shapes that do not fit.
-        BaseModelError: no base there, a shard missing, or it is quantised.
+        BaseModelError: no base there, a shard missing, or it is quantised; no such device.
         OutputError: the place cannot be written, or holds something.
         NotApplied: the result would be the base, or is not what it should be.
     """
     if registry is None:
         with Registry(progress=progress) as opened:
             return merge(
-                base, adapters, out, check=check, force=force, registry=opened, progress=progress
-            )
+                base, adapters, out, check=check, device=device, force=force, registry=opened,
+                progress=progress,
+            )  # fmt: skip
     terms = list(adapters.items() if isinstance(adapters, Mapping) else adapters)
     _check_terms(terms)
+    device = streaming_device(device)
     out = expand(str(out)).absolute()
     check_output(out, force=force)
     resolved = resolve_refs(
@@ -82,7 +89,9 @@ def merge(
     notes += _silent_biases(members)
     for note in notes:
         progress.warn(note)
-    return _write(out, found, members, notes, check=check, force=force, progress=progress)
+    return _write(
+        out, found, members, notes, check=check, device=device, force=force, progress=progress
+    )
 
 
 def _check_terms(terms: Sequence[tuple[str, float]]) -> None:
@@ -136,6 +145,7 @@ def _write(
     notes: list[str],
     *,
     check: bool,
+    device: str,
     force: bool,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -145,12 +155,15 @@ def _write(
     from lorahub_registry.weights.stream.adapter import AdapterFile
     from lorahub_registry.weights.stream.checkpoint import Checkpoint
     from lorahub_registry.weights.stream.rewrite import rewrite
+    from lorahub_registry.weights.stream.work import cores
 
     assert base.folder is not None
+    kind = device.split(":")[0]
     key = {
         "command": "merge",
         "versions": report_head("merge", "transformers")["versions"],
         "tile": TILE,
+        "device": kind,
         "base": base.key,
         "adapters": [[m.digest, file_sha256(m.folder / CONFIG_NAME), m.coefficient]
                      for m in members],
@@ -174,7 +187,7 @@ def _write(
             notes.append(note)
             _count(source, planned)
         with resumable(out, key, force=force, progress=progress) as part:
-            tensors = planned.rewrites(source, files)
+            tensors = planned.rewrites(source, files, device)
             rewrite(
                 part,
                 planned.layout,
@@ -182,9 +195,10 @@ def _write(
                 tensors,
                 lambda name, begin, end: source.forget(planned.origin(name), begin, end),
                 title=f"Merging into {base.facts.name}",
+                workers=None if kind == "cpu" else min(_THREADS, cores()),
                 progress=progress,
             )
-            report = _report(base, members, planned, part.done, notes, progress)
+            report = _report(base, members, planned, part.done, kind, notes, progress)
             copy_papers(base.folder, part.folder)
             if planned.config is not None:
                 text = json.dumps(planned.config, indent=2) + "\n"
@@ -215,6 +229,7 @@ def _report(
     members: Sequence[Member],
     planned: Plan,
     done: Mapping[str, Any],
+    device: str,
     notes: list[str],
     progress: Progress,
 ) -> dict[str, Any]:
@@ -254,6 +269,7 @@ def _report(
             for m in members
         ],
         "dtype": planned.dtype,
+        "device": device,
         "delta_norm": norm,
         "rounding_error": error,
         "untied": list(planned.untied),

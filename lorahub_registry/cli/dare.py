@@ -30,6 +30,10 @@ _SHOWN = 5
               help="Write no model but a LoRA of the dropped change.")  # fmt: skip
 @click.option("--rank", type=click.IntRange(min=1), metavar="N",
               help="Of the adapter that is written; default: each module's own.")  # fmt: skip
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto",
+              show_default=True,
+              help="Where a LoRA is computed (--to-lora, --adapter); auto: cuda where there is "
+              "one. A model is dropped on the CPU.")  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace what an earlier run wrote there.")
 @with_output
 def dare(
@@ -43,6 +47,7 @@ def dare(
     seed: int,
     to_lora: str | None,
     rank: int | None,
+    device: str,
     force: bool,
     out: Output,
 ) -> None:
@@ -80,7 +85,7 @@ def dare(
 
     options: dict[str, Any] = {
         "rate": rate, "strategy": strategy, "rescale": not no_rescale, "seed": seed,
-        "force": force, "progress": out,
+        "device": device, "force": force, "progress": out,
     }  # fmt: skip
     with Registry(progress=out) as registry:
         if adapter:

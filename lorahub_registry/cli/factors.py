@@ -66,7 +66,7 @@ def _options(
 @click.option("--clamp-quantile", type=float, metavar="Q",
               help="Cut the factors' entries at this quantile of their sizes.")  # fmt: skip
 @click.option("--exact", is_flag=True, help="All singular directions of large matrices, too.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto",
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto",
               show_default=True, help="Where matrices are decomposed.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
               help="Of the directions that the search for singular ones starts from.")  # fmt: skip

@@ -19,10 +19,19 @@ from lorahub_registry.cli.output import Output, clean, with_output
               help="The new folder.")  # fmt: skip
 @click.option("--check", is_flag=True,
               help="Load it, and compare its logits with the unmerged model's.")  # fmt: skip
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto",
+              show_default=True,
+              help="Where sums are made and rounded; auto: cuda where there is one.")  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace what an earlier run wrote there.")
 @with_output
 def merge(
-    base: str, adapters: tuple[str, ...], place: Path, check: bool, force: bool, out: Output
+    base: str,
+    adapters: tuple[str, ...],
+    place: Path,
+    check: bool,
+    device: str,
+    force: bool,
+    out: Output,
 ) -> None:
     """Merge adapters into a full model.
 
@@ -48,6 +57,7 @@ def merge(
             [_term(text) for text in adapters],
             place,
             check=check,
+            device=device,
             force=force,
             registry=registry,
             progress=out,

@@ -52,8 +52,14 @@ class Plan:
     untied: tuple[str, ...]
     dtype: str
 
-    def rewrites(self, source: Checkpoint, adapters: Sequence[AdapterFile]) -> list[Rewrite]:
-        """The output's tensors, as :func:`~.stream.rewrite.rewrite` takes them."""
+    def rewrites(
+        self, source: Checkpoint, adapters: Sequence[AdapterFile], device: str = "cpu"
+    ) -> list[Rewrite]:
+        """The output's tensors, as :func:`~.stream.rewrite.rewrite` takes them.
+
+        Args:
+            device: where those that change are computed.
+        """
         found = []
         for tensors in self.layout.values():
             for tensor in tensors:
@@ -62,7 +68,7 @@ class Plan:
                     same = copied(source, origin)
                     found.append(Rewrite(tensor.name, same.blocks, same.make))
                 else:
-                    work = Merged(source, origin, change, adapters)
+                    work = Merged(source, origin, change, adapters, device)
                     found.append(Rewrite(tensor.name, work.blocks, work.make, work.facts))
         return found
 

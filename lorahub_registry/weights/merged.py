@@ -1,4 +1,7 @@
-"""The rows of a merged weight: ``W + Σ cᵢsᵢBᵢAᵢ`` in float32, rounded once, and what that lost."""
+"""The rows of a merged weight: ``W + Σ cᵢsᵢBᵢAᵢ`` in float32, rounded once, and what that lost.
+
+Sums are made and rounded on one device, tile by tile: what it holds is the terms and a few tiles.
+"""
 
 from __future__ import annotations
 
@@ -54,13 +57,22 @@ class Merged:
 
     Args:
         name: of the base's tensor.
+        device: where it is computed; one that has float64.
+
+    Attributes:
         blocks: (begin, end) of its rows; of whole tiles.
     """
 
     def __init__(
-        self, source: Checkpoint, name: str, change: Change, adapters: Sequence[AdapterFile]
+        self,
+        source: Checkpoint,
+        name: str,
+        change: Change,
+        adapters: Sequence[AdapterFile],
+        device: str = "cpu",
     ) -> None:
         self._source, self._name, self._change = source, name, change
+        self._device = device
         self._adapters, self._stored = adapters, source.tensors[name]
         shape = self._stored.shape
         self._tile = max(1, TILE * shape[0] // max(1, self._stored.info.elements))
@@ -74,7 +86,7 @@ class Merged:
         self._dtype = torch.promote_types(self._stored.dtype, torch.float32)
 
     def make(self, begin: int, end: int) -> torch.Tensor:
-        """The merged rows, of the base's dtype.
+        """The merged rows, of the base's dtype, on the CPU.
 
         Raises:
             BaseModelError: the base holds NaN or infinity, or its dtype cannot hold the sum.
@@ -105,7 +117,7 @@ class Merged:
 
     def _one(self, terms: _Terms, first: int, last: int, out: torch.Tensor) -> None:
         base = self._source.rows(self._name, first, last)
-        was = base.to(self._dtype)
+        was = self._wide(base)
         new, delta = self._sum(terms, first, last, was)
         if terms.magnitude is not None:
             if self._change.turned:
@@ -116,9 +128,10 @@ class Merged:
                 new = new * (terms.magnitude[first:last] / norm)[:, None]
             delta = None
         delta = new - was if delta is None else delta
-        out.copy_(new)
+        rounded = new.to(out.dtype)
+        out.copy_(rounded)
         # (rounded − W) − Δ: what the dtype could not hold of the delta.
-        error = out.to(self._dtype, copy=True).sub_(was).sub_(delta).flatten()
+        error = rounded.to(self._dtype, copy=True).sub_(was).sub_(delta).flatten()
         delta = delta.flatten()
         norm2, error2 = float(torch.dot(delta, delta)), float(torch.dot(error, error))
         if not math.isfinite(norm2 + error2):
@@ -131,7 +144,7 @@ class Merged:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The sum, and the delta where that is all that is added to the base's rows."""
         if self._change.whole is not None:
-            start = self._adapters[0].rows(self._change.whole, first, last).to(self._dtype)
+            start = self._wide(self._adapters[0].rows(self._change.whole, first, last))
         else:
             start = was
         delta = terms.added[first:last] if terms.added is not None else None
@@ -148,14 +161,14 @@ class Merged:
             both = weighted_sum(deltas, [adapters[i].coefficient for i, _ in change.parts])[""]
             both = both.to("cpu", self._dtype)
             left, right = (both.a.T, both.b.T) if change.turned else (both.b, both.a)
-            left, right = left.contiguous(), right.contiguous()
+            left, right = (t.contiguous().to(self._device) for t in (left, right))
         if change.added is not None:
             key, factor = change.added
-            added = adapters[0].rows(key).to(self._dtype) * factor
+            added = self._wide(adapters[0].rows(key)) * factor
         terms = _Terms(left, right, added)
         if change.magnitude is None:
             return terms
-        magnitude = adapters[0].rows(change.magnitude).to(self._dtype).flatten()
+        magnitude = self._wide(adapters[0].rows(change.magnitude)).flatten()
         if change.turned:
             norm = self._column_norms(terms)
             self._divides(norm, 0)
@@ -164,14 +177,18 @@ class Merged:
 
     def _column_norms(self, terms: _Terms) -> torch.Tensor:
         """‖W + ΔW‖ of every column: an output of Conv1D, a dimension of an embedding."""
-        total = torch.zeros(self._stored.shape[1], dtype=torch.float64)
+        total = torch.zeros(self._stored.shape[1], dtype=torch.float64, device=self._device)
         rows = self._stored.shape[0]
         for first in range(0, rows, self._tile):
             last = min(first + self._tile, rows)
-            was = self._source.rows(self._name, first, last).to(self._dtype)
+            was = self._wide(self._source.rows(self._name, first, last))
             total += self._sum(terms, first, last, was)[0].double().square().sum(0)
             self._source.forget(self._name, first, last)
         return total.sqrt().to(self._dtype)
+
+    def _wide(self, rows: torch.Tensor) -> torch.Tensor:
+        """On the device, in the type of the sums; they travel as they are stored."""
+        return rows.to(self._device).to(self._dtype)
 
     def _divides(self, norm: torch.Tensor, first: int) -> None:
         zero = torch.nonzero(norm == 0).flatten()

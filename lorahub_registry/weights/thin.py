@@ -17,13 +17,16 @@ class Thinned:
 
     Args:
         dtype: of the factors to write.
+        device: where ΔW is formed, dropped and cut; one that has float64.
     """
 
-    def __init__(self, file: AdapterFile, module: str, drop: Drop, dtype: torch.dtype) -> None:
+    def __init__(
+        self, file: AdapterFile, module: str, drop: Drop, dtype: torch.dtype, device: str = "cpu"
+    ) -> None:
         delta = file.modules[module]
         self.module, self.kind = module, file.kind(module)
         self.shape = (delta.fan_out, delta.fan_in)
-        self._file, self._drop, self._dtype = file, drop, dtype
+        self._file, self._drop, self._dtype, self._device = file, drop, dtype, device
 
     def cut(self, rank: int | None, energy: float | None) -> Cut:
         """See :class:`~lorahub_registry.weights.factorise.Source`; with neither, to its own rank.
@@ -47,7 +50,7 @@ class Thinned:
         hint = "take a lower --rate, or --no-rescale"
         written = narrowed(self.module, found.delta, self._dtype, hint)
         # Of what is written: rounding the factors costs, too.
-        lost = distance(dense, written.b, written.a)
+        lost = distance(dense, written.b.to(self._device), written.a.to(self._device))
         return Cut(written, norm, lost**2, singular_values(found.delta), {"drop": told})
 
     def spectrum(self, count: int) -> torch.Tensor:
@@ -56,6 +59,6 @@ class Thinned:
 
     def _dropped(self) -> tuple[torch.Tensor, float, int]:
         """ΔW without its dropped entries, its norm before, and how many entries stay."""
-        dense = self._file.delta(self.module).dense().contiguous()
+        dense = self._file.delta(self.module).to(self._device).dense().contiguous()
         before = frobenius(dense)
         return dense, before, self._drop.thin(self.module, dense)

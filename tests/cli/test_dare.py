@@ -308,6 +308,25 @@ def test_to_lora_takes_a_number_or_full(lorareg: Lorareg, models: None) -> None:
     assert {m["rank"] for m in report["modules"].values()} == {16, 32}
 
 
+def test_a_device_is_where_factors_are_computed_or_refused(
+    lorareg: Lorareg, kitchen: Kitchen, models: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cuda = ("--device", "cuda", "--out", "out")
+    said = lorareg.fails("dare", *MODELS, *cuda, code=2)
+    assert "a model is not dropped on cuda" in said
+    for words in ((*MODELS, "--to-lora", "4"), ("--adapter", "loras/plain")):
+        said = lorareg.fails("dare", *words, *cuda)
+        assert "device 'cuda' is not on this machine" in said
+        assert "'tpu' is not one of" in lorareg.fails("dare", *words, "--device", "tpu", code=2)
+    assert not Path("out").exists()
+    found = lorareg("dare", "--adapter", "loras/plain", "--out", "out", "--json").json
+    assert found["options"]["device"] == "cpu"
+    lorareg("dare", *MODELS, "--device", "cpu", "--out", "model")
+
+
 def test_nothing_that_stays_is_an_error(lorareg: Lorareg, kitchen: Kitchen) -> None:
     words = ("--adapter", "loras/plain", "--rate", "0.9999", "--strategy", "magnitude")
     assert "no entry that is not zero stays" in lorareg.fails("dare", *words, "--out", "out")

@@ -88,6 +88,19 @@ def test_wrong_usage(lorareg: Lorareg, kitchen: Kitchen) -> None:
     ]
 
 
+def test_a_device_that_is_not_there_is_refused(
+    lorareg: Lorareg, kitchen: Kitchen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = ("merge", "--base", "./tiny-llama", "--adapter", "./loras/plain", "--out", "merged")
+    said = lorareg.fails(*words, "--device", "cuda")
+    assert "device 'cuda' is not on this machine" in said
+    assert "use one of: auto, cpu" in said
+    assert "'tpu' is not one of" in lorareg.fails(*words, "--device", "tpu", code=2)
+    assert not (kitchen / "merged").exists()
+    assert lorareg(*words, "--json").json["device"] == "cpu"
+
+
 # Brings every megabyte to the disk, so that a small run can be stopped in its midst.
 _CHILD = """
 from lorahub_registry.weights.stream import part

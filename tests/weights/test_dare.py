@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from lorahub_registry.adapters.facts import read_facts
+from lorahub_registry.api.dare import dare, dare_adapter
 from lorahub_registry.errors import BaseModelError, UsageError
 from lorahub_registry.progress import silent
 from lorahub_registry.weights.dare import CHUNK, PIECE, Drop
 from lorahub_registry.weights.drop import drop_model
+from lorahub_registry.weights.files import load_deltas
 from lorahub_registry.weights.papers import copy_papers
 from lorahub_registry.weights.stream.pairs import open_models
 from lorahub_registry.weights.stream.part import Part
+from tests import tiny
 from tests.weights import two
+from tests.weights.device import bounded, large, on_cuda
 
 
 def mask(drop: Drop, name: str, begin: int, end: int) -> torch.Tensor:
@@ -408,3 +414,84 @@ def test_papers_are_copied_and_what_is_no_paper_is_not(tmp_path: Path) -> None:
     assert (target / "link.json").read_text() == "config.json"
     assert not (target / "link.json").is_symlink()
     assert (target / "additional_chat_templates" / "tool.jinja").is_file()
+
+
+def test_a_model_is_not_dropped_on_a_device(models: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = map(str, models)
+    with pytest.raises(UsageError, match="a model is not dropped on cuda"):
+        dare(base, tuned, tmp_path / "out", device="cuda")
+    assert not (tmp_path / "out").exists()
+    dare(base, tuned, tmp_path / "one")
+    dare(base, tuned, tmp_path / "other", device="cpu")
+    same(tensors(tmp_path / "one"), tensors(tmp_path / "other"))
+
+
+def test_a_lora_of_the_dropped_change_is_computed_on_the_cpu_by_default(
+    models: tuple[Path, Path], tiny_llama: tiny.Tiny, tmp_path: Path
+) -> None:
+    base, tuned = map(str, models)
+    made = [dare(base, tuned, tmp_path / n, to_lora=4, **o).report for n, o in PLACES.items()]
+    assert made[0] == made[1]
+    assert made[0]["options"]["device"] == "cpu"
+    adapter = tiny_llama.adapter("wide")
+    thin = [dare_adapter(adapter, tmp_path / f"{n}-a", **o).report for n, o in PLACES.items()]
+    assert thin[0] == thin[1]
+    assert thin[0]["options"]["device"] == "cpu"
+    for kind in ("", "-a"):
+        same(tensors(tmp_path / f"one{kind}"), tensors(tmp_path / f"other{kind}"))
+
+
+PLACES: dict[str, dict[str, Any]] = {"one": {}, "other": {"device": "cpu"}}
+
+
+def products(folder: Path) -> dict[str, torch.Tensor]:
+    return {n: d.dense() for n, d in load_deltas(folder, read_facts(folder)).items()}
+
+
+@on_cuda
+@pytest.mark.parametrize("strategy", ["random", "magnitude"])
+def test_cuda_drops_the_same_entries_and_cuts_alike(
+    strategy: Any, models: tuple[Path, Path], tiny_llama: tiny.Tiny, tmp_path: Path
+) -> None:
+    base, tuned = map(str, models)
+
+    def all_of(device: str) -> list[dict[str, Any]]:
+        out = tmp_path / device
+        full, cut = (
+            dare(
+                base, tuned, out / str(rank), strategy=strategy, to_lora=rank, device=device
+            ).report
+            for rank in ("full", 4)
+        )  # type: ignore[misc]
+        thin = dare_adapter(
+            tiny_llama.adapter("wide"), out / "thin", rate=0.5, strategy=strategy,
+            rank=32, device=device,
+        ).report  # fmt: skip
+        return [full, cut, thin]
+
+    cpu, cuda = all_of("cpu"), all_of("cuda")
+    for before, after in zip(cpu, cuda, strict=True):
+        assert after["options"] == before["options"] | {"device": "cuda"}
+        assert after["error"] == pytest.approx(before["error"], rel=1e-3, abs=1e-5)
+    assert cuda[2]["total"]["kept"] == cpu[2]["total"]["kept"]
+    for place in ("full", "thin"):
+        one, other = (products(tmp_path / device / place) for device in ("cpu", "cuda"))
+        for name, product in one.items():
+            torch.testing.assert_close(other[name], product, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@on_cuda
+def test_what_a_device_holds_of_two_models_or_an_adapter_is_bounded(tmp_path: Path) -> None:
+    base, tuned, lora = tmp_path / "base", tmp_path / "tuned", tmp_path / "lora"
+    large(base)
+    largest = large(tuned, seed=1)
+    made = []
+    for device in ("cpu", "cuda"):
+        with bounded(largest) if device == "cuda" else nullcontext():
+            found = dare(str(base), str(tuned), lora / device, to_lora=8, device=device)
+        made.append(found.report["error"])
+        with bounded(largest) if device == "cuda" else nullcontext():
+            thin = tmp_path / "thin" / device
+            found = dare_adapter(lora / "cpu", thin, rate=0.5, device=device)
+        made.append(found.report["error"])
+    assert made[2:] == pytest.approx(made[:2], rel=1e-3)

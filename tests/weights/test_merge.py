@@ -33,6 +33,7 @@ from lorahub_registry.weights import merged as work
 from lorahub_registry.weights.files import load_deltas
 from lorahub_registry.weights.stream.pairs import open_models
 from tests import tiny
+from tests.weights.device import bounded, large, on_cuda
 
 LLAMA = {"r": 4, "lora_alpha": 8}
 GPT2 = {**LLAMA, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
@@ -289,6 +290,107 @@ def test_a_run_of_other_versions_is_begun_anew(
     assert "an earlier run was stopped" in said()
     monkeypatch.setattr("lorahub_registry.api.output.version", lambda name: "0.0")
     assert "are kept" in said()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["wide", "dora", "conv1d-dora", "modules_to_save", "lora-bias"])
+def test_the_cpu_is_the_default_and_is_told(
+    name: str, dtype: torch.dtype, bases: Mapping[str, tiny.Tiny], made: Make, tmp_path: Path
+) -> None:
+    base, terms = half(bases[MADE[name][0]], tmp_path, dtype), {str(made(name)): 1.0}
+    reports = [merge(base, terms, tmp_path / "a"), merge(base, terms, tmp_path / "b", device="cpu")]
+    assert reports[0] == reports[1]
+    assert reports[0]["device"] == "cpu"
+    assert same(tensors(tmp_path / "a"), tensors(tmp_path / "b"))
+
+
+def test_a_device_that_is_not_there_is_refused(
+    bases: Mapping[str, tiny.Tiny], made: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in ("cuda", "tpu"):
+        with pytest.raises(BaseModelError, match=f"device '{device}' is not on this machine"):
+            merge(bases["llama"].folder, {str(made("wide")): 1.0}, tmp_path / "m", device=device)
+    assert not (tmp_path / "m").exists()
+
+
+@on_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", MADE)
+def test_cuda_makes_what_the_cpu_makes(
+    name: str, dtype: torch.dtype, bases: Mapping[str, tiny.Tiny], made: Make, tmp_path: Path
+) -> None:
+    base, terms = half(bases[MADE[name][0]], tmp_path, dtype), {str(made(name)): 1.0}
+    before = merge(base, terms, tmp_path / "cpu")
+    after = merge(base, terms, tmp_path / "cuda", device="cuda")
+    assert (before["device"], after["device"]) == ("cpu", "cuda")
+    # Sums in another order; what lies between two steps of the type may go either way.
+    near = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float64: 1e-12}[dtype]
+    one, other, stored = (tensors(p) for p in (tmp_path / "cpu", tmp_path / "cuda", base))
+    assert one.keys() == other.keys()
+    for key, tensor in one.items():
+        if key in after["modules"]:
+            torch.testing.assert_close(other[key], tensor, rtol=near, atol=near / 10, msg=key)
+        else:
+            assert torch.equal(raw(other[key]), raw(stored[key])), key
+    for key, facts in after["modules"].items():
+        assert facts["delta_norm"] == pytest.approx(before["modules"][key]["delta_norm"], rel=1e-4)
+    assert after["rounding_error"] == pytest.approx(before["rounding_error"], rel=0.05, abs=1e-5)
+
+
+@on_cuda
+def test_a_run_of_another_device_is_begun_anew(
+    bases: Mapping[str, tiny.Tiny], made: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(source: Path, target: Path) -> list[str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lorahub_registry.weights.papers.copy_papers", stopped)
+
+    def said(device: str) -> str:
+        talk, terms = Talk(), {str(made("plain")): 1.0}
+        with pytest.raises(KeyboardInterrupt):
+            merge(bases["llama"].folder, terms, tmp_path / "m", device=device, progress=talk)
+        return talk.said[0]
+
+    assert "are kept" in said("cpu")
+    assert "are kept" in said("cuda")
+    assert "an earlier run was stopped" in said("cuda")
+
+
+@on_cuda
+def test_what_a_device_holds_of_a_model_is_bounded(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "large", tmp_path / "lora"
+    largest = large(base)
+    factors(adapter, base)
+    with bounded(largest):
+        merge(base, {str(adapter): 0.5}, tmp_path / "cuda", device="cuda")
+    merge(base, {str(adapter): 0.5}, tmp_path / "cpu")
+    one, other = tensors(tmp_path / "cpu"), tensors(tmp_path / "cuda")
+    for key, tensor in one.items():
+        torch.testing.assert_close(other[key], tensor, rtol=2**-7, atol=1e-5, msg=key)
+
+
+def factors(folder: Path, base: Path) -> None:
+    """An adapter of rank 16 on all linear modules of a base, which is not loaded."""
+    import peft
+
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.from_pretrained(base)
+        )
+        config = peft.LoraConfig(r=16, target_modules=list(tiny.LINEAR))
+        wide = peft.get_peft_model(model, config)
+    drawn = torch.Generator().manual_seed(0)
+    state = {
+        n.replace(".default", ""): torch.randn(p.shape, generator=drawn) * 0.02
+        for n, p in wide.named_parameters()
+        if "lora_" in n
+    }
+    folder.mkdir()
+    wide.peft_config["default"].base_model_name_or_path = base.name
+    wide.peft_config["default"].save_pretrained(folder)
+    save_file(state, folder / "adapter_model.safetensors")
 
 
 def test_ends_that_change_alike_stay_one(
