@@ -1,4 +1,4 @@
-"""Write docs/cli.md and docs/recipe.schema.json from the program itself: ``make docs``.
+"""Write docs/cli.md, docs/methods.md and the JSON schemas from the program itself: ``make docs``.
 
 A test calls the same functions and fails when the files are stale.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from lorahub_registry.cli.main import SECTIONS, cli
-from lorahub_registry.recipes import METHODS, json_schema
+from lorahub_registry.recipes import METHODS, factory_schema, json_schema
 
 DOCS = Path(__file__).resolve().parent
 
@@ -59,7 +59,17 @@ def schema() -> str:
     return json.dumps(json_schema(), indent=2) + "\n"
 
 
-PAGES = {"cli.md": cli_page, "methods.md": methods_page, "recipe.schema.json": schema}
+def factories_schema() -> str:
+    """The factory's JSON schema."""
+    return json.dumps(factory_schema(), indent=2) + "\n"
+
+
+PAGES = {
+    "cli.md": cli_page,
+    "methods.md": methods_page,
+    "recipe.schema.json": schema,
+    "factory.schema.json": factories_schema,
+}
 
 
 def _paragraphs(text: str) -> str:

@@ -12,11 +12,12 @@ from lorahub_registry.adapters.compat import Member
 from lorahub_registry.compose.bench import Means
 from lorahub_registry.compose.encoder import Encoder, Rows
 from lorahub_registry.compose.fit import Fitted, fit
-from lorahub_registry.compose.prove import Proof, TestSet, check_text, prove
+from lorahub_registry.compose.prove import Proof, prove
 from lorahub_registry.compose.static import Given, mix
 from lorahub_registry.compose.write import Written, check_applied, write_mixture
 from lorahub_registry.errors import IncompatibleAdapters, NotApplied
 from lorahub_registry.evaluate.base import LoadedBase
+from lorahub_registry.evaluate.measure import TestSet, check_text
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.recipes.learned import Searched
 from lorahub_registry.recipes.model import Recipe

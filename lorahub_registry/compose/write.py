@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,6 +13,7 @@ from lorahub_registry.adapters.facts import read_facts
 from lorahub_registry.errors import NotApplied
 from lorahub_registry.evaluate.base import LoadedBase
 from lorahub_registry.evaluate.nll import keeps_logits, token_losses
+from lorahub_registry.evaluate.stock import stock_peft
 from lorahub_registry.evaluate.tokens import Batch
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.recipes.fields import OutputRank
@@ -107,43 +105,6 @@ def _cast_error(deltas: Deltas, dtype: torch.dtype) -> float:
         error += both.norm() ** 2
         whole += delta.norm() ** 2
     return float((error / whole) ** 0.5)
-
-
-@contextmanager
-def stock_peft(base: LoadedBase, folder: Path) -> Iterator[Any]:
-    """The adapter in ``folder`` on the base, loaded by stock PEFT; taken off again afterwards.
-
-    Raises:
-        NotApplied: PEFT cannot load it, or did not find a tensor for every place.
-    """
-    from peft import PeftModel
-
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            try:
-                wrapped = PeftModel.from_pretrained(base.model, str(folder), adapter_name="mixture")
-            except (RuntimeError, ValueError, KeyError, TypeError) as error:
-                said = " ".join(str(error).split())[:200]
-                raise NotApplied(f"{folder}: stock PEFT cannot load it: {said}") from error
-        if missing := [w for w in caught if "missing adapter keys" in str(w.message)]:
-            raise NotApplied(f"{folder}: stock PEFT says: {missing[0].message}")
-        wrapped.eval()
-        yield wrapped
-    finally:
-        _unload(base.model)
-
-
-def _unload(model: Any) -> None:
-    """Put the base's own modules back, also where PEFT stopped half-way."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    tuned = [name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
-    for name in tuned:
-        model.set_submodule(name, model.get_submodule(name).get_base_layer())
-    # PEFT leaves its config on the base, and warns about it at the next load.
-    if hasattr(model, "peft_config"):
-        del model.peft_config
 
 
 def check_applied(base: LoadedBase, folder: Path, batches: Sequence[Batch]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -84,18 +85,21 @@ def load_base(
     revision: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    quantization: str | None = None,
 ) -> LoadedBase:
     """Load a base from a local folder (a Hub id's pinned snapshot is one, too).
 
     Args:
         device: ``auto`` (cuda, then mps, then cpu) or a device's name.
         dtype: ``auto`` (the checkpoint's own) or one of ``weights.files.DTYPES``.
+        quantization: ``8bit`` or ``4bit`` (NF4), by bitsandbytes; None: as it is stored.
 
     Raises:
         BaseModelError: not a model, a kind that neither continues nor answers text, or one that
             would need its own code (never run).
     """
     place = pick_device(device)
+    more = _quantized(quantization, place, dtype) if quantization else {}
     try:
         config = transformers.AutoConfig.from_pretrained(location, trust_remote_code=False)
         kind = (
@@ -110,6 +114,7 @@ def load_base(
                 dtype="auto" if dtype == "auto" else DTYPES[dtype],
                 trust_remote_code=False,
                 use_safetensors=True,
+                **more,
             )
         if not getattr(model, "is_quantized", False):  # those are placed as they are loaded
             model = model.to(place)
@@ -121,6 +126,32 @@ def load_base(
             "safetensors and a tokenizer, and that need no code of their own",
         ) from error
     return adopt(model, tokenizer, name=name, revision=revision)
+
+
+def _quantized(bits: str, device: str, dtype: str) -> dict[str, Any]:
+    """What loads a model in so many bits: QLoRA's NF4 (arXiv:2305.14314), or LLM.int8()."""
+    check_quantization(bits)
+    config = transformers.BitsAndBytesConfig(
+        load_in_8bit=bits == "8bit",
+        load_in_4bit=bits == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES.get(dtype, torch.float32),
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def check_quantization(bits: str) -> None:
+    """Whether a base can be loaded in so many bits here.
+
+    Raises:
+        BaseModelError: bitsandbytes is not installed.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise BaseModelError(
+            f"quantization: {bits} needs bitsandbytes, which is not installed",
+            hint="pip install 'lorareg[bitsandbytes]'",
+        )
 
 
 def adopt(model: Any, tokenizer: Any, *, name: str, revision: str | None = None) -> LoadedBase:

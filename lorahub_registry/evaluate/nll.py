@@ -54,18 +54,9 @@ def token_losses(model: Any, batch: Batch, *, sliced: bool) -> torch.Tensor:
     """−log p of each label, [rows, positions]; 0 where there is none.
 
     Args:
-        sliced: the model computes logits only where asked (see :func:`keeps_logits`).
+        sliced: see :func:`label_logits`.
     """
-    if "labels" in batch.inputs:
-        logits = model(**_without_labels(model, batch), use_cache=False).logits
-    else:
-        width = batch.inputs["input_ids"].shape[1]
-        if sliced:
-            # The last position predicts nothing that is known.
-            keep = torch.arange(batch.keep, width - 1, device=batch.labels.device)
-            logits = model(**batch.inputs, use_cache=False, logits_to_keep=keep).logits
-        else:
-            logits = model(**batch.inputs, use_cache=False).logits[:, batch.keep : width - 1]
+    logits = label_logits(model, batch, sliced=sliced)
     flat = functional.cross_entropy(
         logits.reshape(-1, logits.shape[-1]).float(),
         batch.labels.reshape(-1),
@@ -73,6 +64,22 @@ def token_losses(model: Any, batch: Batch, *, sliced: bool) -> torch.Tensor:
         reduction="none",
     )
     return flat.view(batch.labels.shape)
+
+
+def label_logits(model: Any, batch: Batch, *, sliced: bool) -> torch.Tensor:
+    """The logits that have to predict the labels, [rows, positions, vocabulary].
+
+    Args:
+        sliced: the model computes logits only where asked (see :func:`keeps_logits`).
+    """
+    if "labels" in batch.inputs:
+        return model(**_without_labels(model, batch), use_cache=False).logits
+    width = batch.inputs["input_ids"].shape[1]
+    if not sliced:
+        return model(**batch.inputs, use_cache=False).logits[:, batch.keep : width - 1]
+    # The last position predicts nothing that is known.
+    keep = torch.arange(batch.keep, width - 1, device=batch.labels.device)
+    return model(**batch.inputs, use_cache=False, logits_to_keep=keep).logits
 
 
 def _without_labels(model: Any, batch: Batch) -> dict[str, torch.Tensor]:

@@ -38,6 +38,17 @@ def threads_for(model: Any) -> Iterator[None]:
 
 
 @contextmanager
+def tf32(wanted: bool) -> Iterator[None]:
+    """Allow TF32 in products of float32 on NVIDIA devices, or leave it as it is."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = before or wanted
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@contextmanager
 def without_bars() -> Iterator[None]:
     """Keep transformers from drawing bars of its own beside ``progress``."""
     shown = transformers_logging.is_progress_bar_enabled()

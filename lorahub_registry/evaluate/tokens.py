@@ -2,13 +2,16 @@
 
 Prompt and output are tokenised apart and joined. BOS stands where the tokenizer puts it, at the
 prompt's start; EOS follows a causal output only on request; seq2seq labels are as the tokenizer
-makes them. ``max_length`` takes from the prompt's left, never from the answer.
+makes them. ``max_length`` takes from the prompt's left, never from the answer. Plain text has its
+first token for a prompt and the rest for an output; one longer than ``max_length`` is cut into
+windows, each beginning with the token that the one before it ends with, so that every token but the
+first is predicted once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,11 +25,21 @@ _CHAT_DATE = "26 Jul 2024"
 
 @dataclass(frozen=True)
 class Encoded:
-    """One row: token ids of prompt and output, and how many the prompt lost to ``max_length``."""
+    """One row: token ids of prompt and output.
+
+    Attributes:
+        cut: how many tokens the prompt lost to ``max_length``.
+        place: file and line, for messages; it makes no row another one.
+    """
 
     prompt: list[int]
     output: list[int]
     cut: int = 0
+    place: str = field(default="", compare=False)
+
+
+class NoRoom(DataError):
+    """A row of which no answer is left: it has no tokens, or more than ``max_length`` allows."""
 
 
 @dataclass(frozen=True)
@@ -46,20 +59,26 @@ def encode(
     Raises:
         DataError: an output without tokens, or one longer than ``max_length`` leaves room for.
     """
+    return [
+        encode_one(tokenizer, prompt, output, rule, seq2seq=seq2seq, place=f"row {number}")
+        for number, (prompt, output) in enumerate(pairs, 1)
+    ]
+
+
+def encode_one(
+    tokenizer: Any, prompt: str, output: str, rule: TokenRule, *, seq2seq: bool, place: str
+) -> Encoded:
+    """Tokenise one row; ``place`` is what messages call it.
+
+    Raises:
+        NoRoom: its output has no tokens, or is longer than ``max_length`` leaves room for.
+        DataError: its prompt has no tokens, or the tokenizer no chat template.
+    """
     if rule.chat and not getattr(tokenizer, "chat_template", None):
         raise DataError(
             "template: chat asks for the tokenizer's chat template, and this one has none",
             hint="write the prompt's template in the recipe, for example: template: '{{ input }} '",
         )
-    return [
-        _encode(tokenizer, number, prompt, output, rule, seq2seq)
-        for number, (prompt, output) in enumerate(pairs, 1)
-    ]
-
-
-def _encode(
-    tokenizer: Any, number: int, prompt: str, output: str, rule: TokenRule, seq2seq: bool
-) -> Encoded:
     if rule.chat:
         head = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}],
@@ -70,10 +89,8 @@ def _encode(
         )
     else:
         head = tokenizer(prompt)["input_ids"]
-        # Some tokenizers end every text with EOS; a causal prompt goes on.
-        ending = tokenizer("")["input_ids"][-1:]
-        if not seq2seq and ending == [tokenizer.eos_token_id] and head[-1:] == ending:
-            head = head[:-1]
+        if not seq2seq:
+            head = _open(tokenizer, head)
     if seq2seq:
         tail = tokenizer(text_target=output)["input_ids"]
     else:
@@ -81,18 +98,18 @@ def _encode(
         if rule.eos and tokenizer.eos_token_id is not None:
             tail = [*tail, tokenizer.eos_token_id]
     if not tail:
-        raise DataError(f"row {number}: its output is empty once tokenised")
+        raise NoRoom(f"{place}: its output is empty once tokenised")
     if not head:
         raise DataError(
-            f"row {number}: its prompt is empty once tokenised",
+            f"{place}: its prompt is empty once tokenised",
             hint="this tokenizer adds no BOS, so nothing stands before the answer's first token",
         )
     room = None
     if rule.max_length is not None:
         room = rule.max_length if seq2seq else rule.max_length - len(tail)
         if room < 1 or (seq2seq and len(tail) > rule.max_length):
-            raise DataError(
-                f"row {number}: its output alone has {len(tail)} tokens, max_length is "
+            raise NoRoom(
+                f"{place}: its output alone has {len(tail)} tokens, max_length is "
                 f"{rule.max_length}",
                 hint="raise max_length, or leave this row out: answers are never cut",
             )
@@ -100,7 +117,54 @@ def _encode(
     if cut:
         bos = 1 if head[0] == tokenizer.bos_token_id and len(head) - cut > 1 else 0
         head = [*head[:bos], *head[cut + bos :]]
-    return Encoded(list(head), list(tail), cut)
+    return Encoded(list(head), list(tail), cut, place)
+
+
+def encode_text(tokenizer: Any, text: str, rule: TokenRule, *, place: str) -> list[Encoded]:
+    """Tokenise plain text for a causal model: one row, or its windows of ``max_length``.
+
+    Raises:
+        NoRoom: fewer than two tokens, of which none is left to predict.
+    """
+    ids = list(_open(tokenizer, tokenizer(text)["input_ids"]))
+    if rule.eos and tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+    if len(ids) < 2:
+        raise NoRoom(f"{place}: its text has {len(ids)} tokens, and the first is not predicted")
+    step = (rule.max_length or len(ids)) - 1
+    windows = [ids[at : at + step + 1] for at in range(0, len(ids) - 1, step)]
+    name = f"{place}, window {{}} of {len(windows)}" if len(windows) > 1 else place
+    return [Encoded(w[:1], w[1:], 0, name.format(n)) for n, w in enumerate(windows, 1)]
+
+
+def _open(tokenizer: Any, ids: list[int]) -> list[int]:
+    """``ids`` without the EOS that some tokenizers end every text with: a causal text goes on."""
+    ending = tokenizer("")["input_ids"][-1:]
+    closed = ending == [tokenizer.eos_token_id] and ids[-1:] == ending
+    return ids[:-1] if closed else ids
+
+
+def check_vocabulary(rows: Sequence[Encoded], vocabulary: int, tokenizer: Any = None) -> None:
+    """Whether the model has an embedding, and a logit, for every token.
+
+    Args:
+        vocabulary: how many tokens the model knows: its embedding's rows.
+        tokenizer: to show the token that it does not know.
+
+    Raises:
+        DataError: a token's id is ``vocabulary`` or more; it names the row and the token.
+    """
+    for number, row in enumerate(rows, 1):
+        most = max(max(row.prompt), max(row.output))
+        if most >= vocabulary:
+            shown = f" ({tokenizer.convert_ids_to_tokens(most)!r})" if tokenizer else ""
+            part = "output" if most in row.output else "prompt"
+            raise DataError(
+                f"{row.place or f'row {number}'}: token {most}{shown} of its {part} is none of the "
+                f"model's {vocabulary}",
+                hint="the tokenizer is larger than the model: its added tokens were never learned; "
+                "keep them out of the rows, or take a base whose embedding has them",
+            )
 
 
 @dataclass(frozen=True)
@@ -141,8 +205,22 @@ def batches(
             groups[-1].append(i)
         else:
             groups.append([i])
+    return [
+        one_batch([rows[i] for i in group], group, pad, device, seq2seq=seq2seq) for group in groups
+    ]
+
+
+def one_batch(
+    rows: Sequence[Encoded],
+    which: Sequence[int],
+    pad: int,
+    device: torch.device | str,
+    *,
+    seq2seq: bool,
+) -> Batch:
+    """These rows padded together, in this order; ``which`` says which rows of the data they are."""
     make = _seq2seq_batch if seq2seq else _causal_batch
-    return [make([rows[i] for i in group], group, pad, device) for group in groups]
+    return make(list(rows), list(which), pad, device)
 
 
 def tokens_that_fit(device: str, vocabulary: int = 0) -> int:

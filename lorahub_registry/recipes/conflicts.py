@@ -1,4 +1,4 @@
-"""What no field can see alone: parts of a recipe that do not go together.
+"""What no field can see alone: parts of a recipe or a factory that do not go together.
 
 It works on plain data and lets pass what it does not understand, so that these problems are
 reported together with the fields' own.
@@ -94,13 +94,61 @@ def _twice(entries: list[Mapping[str, Any]]) -> Iterator[Conflict]:
             first.setdefault(value, i)
 
 
+def factory_conflicts(factory: Mapping[str, Any]) -> Iterator[Conflict]:
+    """The disagreements in ``factory``, plain data with its ``defaults`` merged."""
+    listed = factory.get("adapters")
+    entries = [
+        e if isinstance(e, Mapping) else {}
+        for e in (listed if isinstance(listed, list | tuple) else ())
+    ]
+    first: dict[str, int] = {}
+    for i, entry in enumerate(entries):
+        at: Path = ("adapters", i)
+        name = entry.get("name")
+        # Names are folders, and some file systems do not tell a from A.
+        if isinstance(name, str) and first.setdefault(name.lower(), i) != i:
+            yield Conflict(
+                (*at, "name"),
+                f"{name!r} is the name of adapters[{first[name.lower()]}] already; each adapter "
+                "gets a folder of its name",
+            )
+        validation = _at(entry, "data", "validation")
+        if _at(entry, "training", "eval_steps") is not None and validation is None:
+            yield Conflict(
+                (*at, "training", "eval_steps"),
+                "needs data.validation: rows to measure on, or a share of train as 0.1",
+            )
+        if _at(entry, "training", "early_stopping_patience") is not None:
+            if _at(entry, "training", "eval_steps") is None:
+                yield Conflict(
+                    (*at, "training", "early_stopping_patience"),
+                    "counts evaluations: say by eval_steps how often there is one",
+                )
+        elif _at(entry, "training", "early_stopping_threshold"):
+            yield Conflict(
+                (*at, "training", "early_stopping_threshold"), "is for early_stopping_patience"
+            )
+        if _at(entry, "training", "packing") is True:
+            if _at(entry, "data", "max_length") is None:
+                yield Conflict(
+                    (*at, "training", "packing"), "needs data.max_length, the length of a pack"
+                )
+            if _at(entry, "training", "group_by_length") is True:
+                yield Conflict(
+                    (*at, "training", "group_by_length"),
+                    "and packing do not go together: packs are of one length",
+                )
+        for shown in _answer_shown(entry):
+            yield Conflict((*at, *shown.path), shown.text)
+
+
 def _answer_shown(recipe: Mapping[str, Any]) -> Iterator[Conflict]:
     template = _at(recipe, "data", "template")
     try:
         used = names_used(template) if isinstance(template, str) else frozenset()
     except ValueError:
         return
-    for split in ("train", "test"):
+    for split in ("train", "validation", "test"):
         answer = _at(recipe, "data", split, "output")
         if isinstance(answer, str) and answer in used and answer not in {"input", "output"}:
             yield Conflict(

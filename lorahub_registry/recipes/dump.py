@@ -12,7 +12,9 @@ from lorahub_registry.recipes.model import Recipe
 from lorahub_registry.recipes.yamltext import scalar
 
 
-class _Dumper(yaml.SafeDumper):
+class RecipeDumper(yaml.SafeDumper):
+    """YAML without anchors, its texts quoted where a reader might take them for something else."""
+
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
@@ -23,7 +25,7 @@ def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
-_Dumper.add_representer(str, _text)
+RecipeDumper.add_representer(str, _text)
 
 
 def plain(recipe: Recipe) -> dict[str, Any]:
@@ -38,7 +40,7 @@ def to_yaml(recipe: Recipe) -> str:
     """
     return yaml.dump(
         plain(recipe),
-        Dumper=_Dumper,
+        Dumper=RecipeDumper,
         sort_keys=False,
         allow_unicode=True,
         default_flow_style=False,

@@ -27,7 +27,12 @@ RESERVED = frozenset({"base", "mixture", "uniform"})
 """What the proof calls its own rows."""
 
 
-def _adapter_name(name: str) -> str:
+def adapter_name(name: str) -> str:
+    """``name`` if adapters may be called so.
+
+    Raises:
+        ValueError: it is reserved, or a bare number.
+    """
     if name.lower() in RESERVED:
         raise ValueError(f"{name!r} is what the proof calls a row of its own; take another name")
     # X-LoRA of PEFT takes adapters named "0", "1", … for its own experts.
@@ -43,7 +48,7 @@ class RefEntry(Strict):
         description="owner/name[/sub/folder][@revision] on the Hub, a path (counted from the "
         "recipe's folder), or a name that the registry knows."
     )
-    name: Annotated[Name, AfterValidator(_adapter_name)] | None = Field(
+    name: Annotated[Name, AfterValidator(adapter_name)] | None = Field(
         default=None, description="What it is called in this mixture; default: by its ref."
     )
     coefficient: Float | None = Field(

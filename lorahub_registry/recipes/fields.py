@@ -22,6 +22,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     PlainValidator,
+    ValidationInfo,
     WithJsonSchema,
 )
 
@@ -107,6 +108,20 @@ def _license(text: str) -> str:
     if not _LICENSE.match(text):
         raise ValueError(f"{text!r} is not a licence id; write one as the Hub does: apache-2.0")
     return text
+
+
+def another_column(output: str, info: ValidationInfo) -> str:
+    """Of a split's ``output``: another column than its ``input``."""
+    if output == info.data.get("input"):
+        raise ValueError(f"is the same column as input ({output!r})")
+    return output
+
+
+def some_of_them(select: str, info: ValidationInfo) -> str:
+    """Of a split's ``select``: it says which rows only where ``limit`` says how many."""
+    if select != "first" and info.data.get("limit", 1) is None:
+        raise ValueError(f"{select} takes some of the rows: say how many by limit")
+    return select
 
 
 Int = Annotated[int, BeforeValidator(_number_not_bool)]

@@ -1,26 +1,45 @@
-"""From text to a :class:`Recipe`, or to all that is wrong with it, line by line."""
+"""From text to a :class:`Recipe`, or to all that is wrong with it, line by line.
+
+A factory is read by the same functions; :class:`Language` is what differs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from lorahub_registry.errors import RecipeError
 from lorahub_registry.recipes.conflicts import Conflict, conflicts, written
 from lorahub_registry.recipes.model import Recipe
-from lorahub_registry.recipes.problems import problem
+from lorahub_registry.recipes.problems import RECIPE, Grammar, problem
 from lorahub_registry.recipes.yamltext import MAX_BYTES, Located, YamlProblem, read_yaml
 from lorahub_registry.refs import expand
 
 MAX_PROBLEMS = 100
+M = TypeVar("M", bound=BaseModel)
+
+
+class InFolder:
+    """What was read from a file, and means other files by paths from there."""
+
+    path: Path
+
+    @property
+    def folder(self) -> Path:
+        """What its relative paths count from."""
+        return self.path.parent
+
+    def resolve(self, path: str) -> Path:
+        """``path``, as it is written there, absolute; ``~`` is expanded, ``${ENV}`` is not."""
+        return expand(path, beside=self.folder)
 
 
 @dataclass(frozen=True)
-class RecipeFile:
+class RecipeFile(InFolder):
     """A recipe and where it was read from.
 
     Attributes:
@@ -33,15 +52,6 @@ class RecipeFile:
     path: Path
     text: str
 
-    @property
-    def folder(self) -> Path:
-        """What the recipe's relative paths count from."""
-        return self.path.parent
-
-    def resolve(self, path: str) -> Path:
-        """``path``, as the recipe writes it, absolute; ``~`` is expanded, ``${ENV}`` is not."""
-        return expand(path, beside=self.folder)
-
 
 def load(path: Path | str) -> RecipeFile:
     """Read a recipe's file.
@@ -49,22 +59,7 @@ def load(path: Path | str) -> RecipeFile:
     Raises:
         RecipeError: there is no such file, or all that is wrong with it.
     """
-    file = expand(str(path))
-    try:
-        with file.open("rb") as opened:
-            raw = opened.read(MAX_BYTES + 1)
-        text = raw[:MAX_BYTES].decode("utf-8-sig") if len(raw) <= MAX_BYTES else ""
-    except FileNotFoundError:
-        raise RecipeError(
-            f"{path}: no such recipe", hint="give the path of a YAML file; see examples/"
-        ) from None
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise _refused(str(path), (f"line {line}: not UTF-8 text",)) from None
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from None
-    if len(raw) > MAX_BYTES:
-        raise _refused(str(path), (f"line 1: larger than {MAX_BYTES // 1024} KiB",))
+    file, text = read_text(path)
     return RecipeFile(parse(text, source=str(path)), file, text)
 
 
@@ -78,11 +73,7 @@ def parse(text: str, *, source: str = "recipe") -> Recipe:
     Raises:
         RecipeError: its ``problems`` name line, key and fault of everything that is wrong.
     """
-    try:
-        located = read_yaml(text)
-    except YamlProblem as error:
-        raise _refused(source, (f"line {error.line}: {error}",)) from None
-    return _validated(located, source, lines=True)
+    return validated(RECIPES, located(text, source), source)
 
 
 def from_mapping(data: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
@@ -91,22 +82,100 @@ def from_mapping(data: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
     Raises:
         RecipeError: as :func:`parse`.
     """
-    return _validated(Located(dict(data)), source, lines=False)
+    return validated(RECIPES, Located(dict(data)), source, lines=False)
 
 
-def _validated(located: Located, source: str, *, lines: bool) -> Recipe:
-    data = located.data
+@dataclass(frozen=True)
+class Language(Generic[M]):
+    """One kind of file: its model, and what is said about it.
+
+    Attributes:
+        noun: what messages call such a file.
+        conflicts: the disagreements between its parts, in plain data.
+    """
+
+    model: type[M]
+    noun: str
+    grammar: Grammar
+    conflicts: Callable[[Mapping[str, Any]], Iterable[Conflict]]
+
+
+RECIPES = Language(Recipe, "recipe", RECIPE, conflicts)
+
+
+def read_text(path: Path | str, *, noun: str = "recipe") -> tuple[Path, str]:
+    """A YAML file's absolute path and its exact text.
+
+    Raises:
+        RecipeError: there is no such file, it cannot be read, is too large, or is not UTF-8.
+    """
+    file = expand(str(path))
+    try:
+        with file.open("rb") as opened:
+            raw = opened.read(MAX_BYTES + 1)
+        text = raw[:MAX_BYTES].decode("utf-8-sig") if len(raw) <= MAX_BYTES else ""
+    except FileNotFoundError:
+        raise RecipeError(
+            f"{path}: no such {noun}", hint="give the path of a YAML file; see examples/"
+        ) from None
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise _refused(str(path), (f"line {line}: not UTF-8 text",), noun) from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if len(raw) > MAX_BYTES:
+        raise _refused(str(path), (f"line 1: larger than {MAX_BYTES // 1024} KiB",), noun)
+    return file, text
+
+
+def located(text: str, source: str, *, noun: str = "recipe") -> Located:
+    """A YAML text's plain data, with the line of each part.
+
+    Raises:
+        RecipeError: it is not YAML, or more than plain data.
+    """
+    try:
+        return read_yaml(text)
+    except YamlProblem as error:
+        raise _refused(source, (f"line {error.line}: {error}",), noun) from None
+
+
+def validated(
+    language: Language[M],
+    read: Located,
+    source: str,
+    *,
+    lines: bool = True,
+    more: Sequence[Conflict] = (),
+    placed: Callable[[Sequence[Conflict]], Sequence[Conflict]] = list,
+) -> M:
+    """What ``read`` says, as the language's model.
+
+    Args:
+        source: what messages call it.
+        lines: whether problems name the line.
+        more: what was found to be wrong before.
+        placed: tells faults where they were written, if that is not where they stand.
+
+    Raises:
+        RecipeError: its ``problems`` are all that is wrong.
+    """
+    data, noun = read.data, language.noun
     if not isinstance(data, dict):
         kind = {type(None): "empty", list: "a list"}.get(type(data), "one value")
-        what = f"a recipe is a mapping of keys (version, name, base, …); this is {kind}"
-        raise _refused(source, (f"line {located.line(())}: {what}" if lines else what,))
+        what = f"a {noun} is a mapping of keys (version, name, base, …); this is {kind}"
+        raise _refused(source, (f"line {read.line(())}: {what}" if lines else what,), noun)
+    other = _other(data, noun)
+    if other is not None:
+        raise RecipeError(f"{source}: is a {other[0]}, not a {noun}", hint=f"{other[1]} {source}")
     found = [
         (line, f"{written(path)}: given twice (first on line {first})")
-        for line, path, first in located.repeated
+        for line, path, first in read.repeated
     ]
-    recipe = None
+    found += [(read.line(f.path), str(f)) for f in more]
+    made = None
     try:
-        recipe = Recipe.model_validate(data)
+        made = language.model.model_validate(data)
     except ValidationError as error:
         # A list whose items are all wrong is not empty, whatever pydantic counts.
         details = [
@@ -114,20 +183,30 @@ def _validated(located: Located, source: str, *, lines: bool) -> Recipe:
             for d in error.errors(include_url=False)
             if not (d["type"] == "too_short" and d["input"])
         ]
-        faults = [problem(d, data) for d in details if d["type"] != "conflict"]
-        faults += conflicts(data)
+        faults = [problem(d, data, language.grammar) for d in details if d["type"] != "conflict"]
+        faults += language.conflicts(data)
         if not faults:
             faults = [Conflict((), d["msg"]) for d in details]
-        found += [(located.line(f.path), str(f)) for f in faults]
-    if found or recipe is None:
+        found += [(read.line(f.path), str(f)) for f in placed(faults)]
+    if found or made is None:
         found.sort(key=lambda item: item[0])
         told = dict.fromkeys(f"line {at}: {text}" if lines else text for at, text in found)
-        raise _refused(source, tuple(told))
-    return recipe
+        raise _refused(source, tuple(told), noun)
+    return made
 
 
-def _refused(source: str, problems: tuple[str, ...]) -> RecipeError:
+def _other(data: Mapping[str, Any], noun: str) -> tuple[str, str] | None:
+    """What ``data`` is where it is not a ``noun``, and the command for it."""
+    if noun == "factory":
+        return ("recipe", "lorareg compose") if "method" in data else None
+    listed = data.get("adapters")
+    entries = [e for e in listed if isinstance(e, dict)] if isinstance(listed, list) else []
+    trained = "defaults" in data or any({"lora", "training"} & e.keys() for e in entries)
+    return ("factory", "lorareg train") if trained and "method" not in data else None
+
+
+def _refused(source: str, problems: tuple[str, ...], noun: str) -> RecipeError:
     if len(problems) > MAX_PROBLEMS:
         more = f"and {len(problems) - MAX_PROBLEMS} more"
         problems = (*problems[:MAX_PROBLEMS], more)
-    return RecipeError(f"{source}: not a valid recipe:", problems=problems)
+    return RecipeError(f"{source}: not a valid {noun}:", problems=problems)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from lorahub_registry.errors import UsageError
@@ -20,6 +20,8 @@ from lorahub_registry.recipes.fields import (
     Rank,
     Strict,
     Text,
+    another_column,
+    some_of_them,
 )
 from lorahub_registry.recipes.methods import Method
 from lorahub_registry.recipes.rows import check_data_path
@@ -33,7 +35,7 @@ class Split(Strict):
     """A file of rows, and which of them to take."""
 
     path: Annotated[Text, AfterValidator(check_data_path)] = Field(
-        description="A .jsonl, .json or .csv file, counted from the recipe's folder."
+        description="A .jsonl, .json, .csv or .parquet file, counted from the recipe's folder."
     )
     input: Column = Field(default="input", description="The column that the prompt is made of.")
     output: Column = Field(
@@ -46,19 +48,8 @@ class Split(Strict):
         "that lie furthest apart in the base's hidden states (train only).",
     )
 
-    @field_validator("output")
-    @classmethod
-    def _another_column(cls, output: str, info: ValidationInfo) -> str:
-        if output == info.data.get("input"):
-            raise ValueError(f"is the same column as input ({output!r})")
-        return output
-
-    @field_validator("select")
-    @classmethod
-    def _some_of_them(cls, select: str, info: ValidationInfo) -> str:
-        if select != "first" and info.data.get("limit", 1) is None:
-            raise ValueError(f"{select} takes some of the rows: say how many by limit")
-        return select
+    _another_column = field_validator("output")(another_column)
+    _some_of_them = field_validator("select")(some_of_them)
 
 
 class Data(Strict):
@@ -77,7 +68,7 @@ class Data(Strict):
     template: Annotated[str, AfterValidator(check_template)] = Field(
         default=DEFAULT,
         description="The prompt: Jinja over the row's columns (the input column also as "
-        "`input`), or `chat` for the tokenizer's chat template.",
+        "`input`), `alpaca` for Alpaca's words, or `chat` for the tokenizer's chat template.",
     )
     max_length: Int | None = Field(
         default=None,

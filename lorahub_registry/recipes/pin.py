@@ -28,13 +28,13 @@ def pinned(recipe: Recipe, *, base: str, adapters: Sequence[RefEntry]) -> Recipe
     data = plain(recipe)
     for split in (data["data"].get("train"), data["data"].get("test")):
         if split:
-            split["path"] = _last_part(split["path"])
-    data["output"]["path"] = _last_part(data["output"]["path"])
-    data["base"] = _last_part(base, folder="./")
+            split["path"] = last_part(split["path"])
+    data["output"]["path"] = last_part(data["output"]["path"])
+    data["base"] = last_part(base, folder="./")
     taken: set[str] = set()
     data["adapters"] = []
     for entry in adapters:
-        ref = short = _last_part(entry.ref, folder="./")
+        ref = short = last_part(entry.ref, folder="./")
         number = 1
         while ref in taken and ref != entry.ref:
             number += 1
@@ -44,7 +44,7 @@ def pinned(recipe: Recipe, *, base: str, adapters: Sequence[RefEntry]) -> Recipe
     return from_mapping(data, source=f"{recipe.name}, resolved")
 
 
-def _last_part(text: str, *, folder: str = "") -> str:
+def last_part(text: str, *, folder: str = "") -> str:
     """``text``; of a path from a root, a drive or a home only its last part, in ``folder``."""
     if text.startswith("~") or PurePosixPath(text).is_absolute():
         last = text.rstrip("/").rsplit("/", 1)[-1]

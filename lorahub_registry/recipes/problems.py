@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
 
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
@@ -15,15 +15,45 @@ from lorahub_registry.recipes.fields import did_you_mean
 from lorahub_registry.recipes.methods import METHODS
 from lorahub_registry.recipes.model import Recipe
 
-_ENTRIES: dict[str, type[BaseModel]] = {"ref": RefEntry, "search": SearchEntry}
+
+@dataclass(frozen=True)
+class Grammar:
+    """What is validated, and how to read where pydantic saw a fault.
+
+    Attributes:
+        model: of the whole file.
+        labels: where a union puts a label of its own after the path, ``*`` standing for any
+            index; and which model each label means (None: one value, no keys).
+    """
+
+    model: type[BaseModel]
+    labels: Mapping[Path, Mapping[str, type[BaseModel] | None]]
+
+    def parts(self, loc: Path) -> Iterator[tuple[int | str, Mapping[str, Any] | None]]:
+        """Each part of ``loc``, with what it may mean where it is a label."""
+        path: Path = ()
+        labelled = False
+        for part in loc:
+            if path in self.labels and not labelled:
+                labelled = True
+                yield part, self.labels[path]
+            else:
+                path, labelled = (*path, "*" if isinstance(part, int) else part), False
+                yield part, None
 
 
-def problem(error: ErrorDetails, data: Any) -> Conflict:
+RECIPE = Grammar(
+    Recipe,
+    {("method",): METHODS, ("adapters", "*"): {"ref": RefEntry, "search": SearchEntry}},
+)
+
+
+def problem(error: ErrorDetails, data: Any, grammar: Grammar = RECIPE) -> Conflict:
     """What ``error`` of validating ``data`` says to somebody who wrote that data."""
     loc = error["loc"]
-    path = _path(loc, data)
+    path = _path(loc, data, grammar)
     if error["type"] == "extra_forbidden":
-        return Conflict(path, _unknown_key(str(loc[-1]), _model_at(loc[:-1])))
+        return Conflict(path, _unknown_key(str(loc[-1]), _model_at(loc[:-1], grammar)))
     if error["type"] in {"union_tag_invalid", "union_tag_not_found"}:
         return _unknown_method(path, error)
     say = _WORDS.get(error["type"])
@@ -45,10 +75,10 @@ def _unknown_method(path: Path, error: ErrorDetails) -> Conflict:
     return Conflict((*path, "type"), f"no method {given!r}{near or ';'} the methods are {known}")
 
 
-def _path(loc: tuple[int | str, ...], data: Any) -> Path:
+def _path(loc: Path, data: Any, grammar: Grammar) -> Path:
     """``loc`` without the labels of unions, as far as the data goes, and one key beyond."""
     path: list[str | int] = []
-    for part in _unlabelled(loc):
+    for part in [part for part, label in grammar.parts(loc) if label is None]:
         inside = (isinstance(data, Mapping) and part in data) or (
             isinstance(data, list | tuple) and isinstance(part, int) and part < len(data)
         )
@@ -59,31 +89,23 @@ def _path(loc: tuple[int | str, ...], data: Any) -> Path:
     return tuple(path)
 
 
-def _unlabelled(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    if loc[:1] == ("method",):
-        return loc[:1] + loc[2:]
-    return loc[:2] + loc[3:] if loc[:1] == ("adapters",) else loc
-
-
-def _model_at(loc: tuple[int | str, ...]) -> type[BaseModel] | None:
+def _model_at(loc: Path, grammar: Grammar) -> type[BaseModel] | None:
     """The model whose keys stand at ``loc``, labels of unions included."""
-    model: type[BaseModel] | None = Recipe
-    rest = list(loc)
-    if rest[:1] == ["method"] and len(rest) > 1:
-        model, rest = METHODS.get(str(rest[1])), rest[2:]
-    elif rest[:1] == ["adapters"] and len(rest) > 2:
-        model, rest = _ENTRIES.get(str(rest[2])), rest[3:]
-    for part in rest:
-        field = model.model_fields.get(str(part)) if model else None
-        model = _model_in(field.annotation) if field else None
+    model: type[BaseModel] | None = grammar.model
+    for part, label in grammar.parts(loc):
+        if label is not None:
+            model = label.get(str(part))
+        elif not isinstance(part, int):
+            field = model.model_fields.get(part) if model else None
+            model = _model_in(field.annotation) if field else None
     return model
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    options = (
-        get_args(annotation) if get_origin(annotation) in {Union, UnionType} else (annotation,)
-    )
-    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+    """The first model in an annotation: itself, an item's, or one of a union's."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((m for a in get_args(annotation) if (m := _model_in(a))), None)
 
 
 def got(value: Any) -> str:

@@ -1,26 +1,34 @@
-"""Rows of example data: JSON Lines, a JSON list, or CSV. Nothing is skipped silently."""
+"""Rows of example data: JSON Lines, a JSON list, CSV, Parquet, or a dataset of the Hub's.
+
+Nothing is skipped silently. A file is read once: its rows come of the very bytes whose SHA-256 is
+told.
+"""
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path, PurePath
 from random import Random
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 from lorahub_registry.errors import DataError
 from lorahub_registry.recipes.fields import did_you_mean
-from lorahub_registry.refs import expand
+from lorahub_registry.recipes.readers import READERS, Found
+from lorahub_registry.refs import expand, looks_like_path
 
 
 class SplitLike(Protocol):
-    """What is needed of a recipe's ``data.train`` or ``data.test``."""
+    """What is needed of a recipe's ``data.train`` or ``data.test``.
+
+    A factory's also has ``text``, ``dataset``, ``config`` and ``split``; its path may be None.
+    """
 
     @property
-    def path(self) -> str: ...
+    def path(self) -> str | None: ...
     @property
     def input(self) -> str: ...
     @property
@@ -36,8 +44,8 @@ class Row:
     """One example.
 
     Attributes:
-        input: the input column's text.
-        output: the answer's text; never empty.
+        input: the input column's text; "" of plain text.
+        output: the answer, never empty; or the whole of a plain text, which may be.
         columns: all columns as they were read, the input's and the answer's among them.
         output_column: which of them is the answer.
         place: file and line, for messages.
@@ -50,28 +58,57 @@ class Row:
     place: str = ""
 
 
+@dataclass(frozen=True)
+class RowsFile:
+    """Rows, and what they were read from.
+
+    Attributes:
+        name: the file's name, without its folder, or the dataset's id.
+        sha256: of the file's bytes; of a dataset, of the rows that were taken, as JSON.
+        revision: the commit of a dataset on the Hub.
+    """
+
+    rows: list[Row]
+    name: str
+    sha256: str
+    revision: str | None = None
+
+
 def read_rows(split: SplitLike, *, seed: int, beside: Path | None = None) -> list[Row]:
-    """The rows of ``split``, in the file's order.
+    """The rows of ``split``, in the file's order; see :func:`read_file`."""
+    return read_file(split, seed=seed, beside=beside).rows
+
+
+def read_file(split: SplitLike, *, seed: int, beside: Path | None = None) -> RowsFile:
+    """The rows of ``split``, in the file's order, with the file's SHA-256.
 
     Args:
-        split: file, columns, and which rows to take: the ``first`` up to ``limit``, or as many
-            at ``random``.
+        split: file or dataset, columns, and which rows to take: the ``first`` up to ``limit``, or
+            as many at ``random``.
         seed: of the random choice; the same seed takes the same rows.
         beside: the folder that relative paths count from (the recipe's); default: here.
 
     Raises:
-        DataError: no such file, not of its suffix's format, a row without one of the columns or
-            without an answer, or no row at all. It names the file and the line.
+        DataError: no such file or dataset, not of its suffix's format, a row without one of the
+            columns or without an answer, or no row at all. It names the file and the line.
     """
+    if getattr(split, "dataset", None) is not None:
+        from lorahub_registry.recipes.dataset import open_dataset
+
+        name, revision, found = open_dataset(split, beside)
+        rows = _taken(found, split, seed, name)
+        columns = json.dumps([row.columns for row in rows], sort_keys=True, default=str)
+        return RowsFile(rows, name, sha256(columns.encode()).hexdigest(), revision)
+    assert split.path is not None
     path, name = expand(split.path, beside=beside), split.path
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{name}: rows are read from {', '.join(READERS)} files")
-    found = reader(path, name)
-    if split.limit is not None and split.select == "first":
-        found = islice(found, split.limit)
     try:
-        rows = [_row(columns, place, split, name) for place, columns in found]
+        data = path.read_bytes()
+        # Places get into results, which travel: no folder of this machine in them.
+        shown = path.name if looks_like_path(name) and not name.startswith(".") else name
+        rows = _taken(reader(data, shown), split, seed, shown)
     except FileNotFoundError:
         raise DataError(
             f"{name}: no such file ({path})",
@@ -81,12 +118,37 @@ def read_rows(split: SplitLike, *, seed: int, beside: Path | None = None) -> lis
         raise DataError(f"{name}: not UTF-8 text (at byte {error.start})") from None
     except OSError as error:
         raise DataError(f"{name}: cannot be read: {error.strerror or error}") from None
+    return RowsFile(rows, path.name, sha256(data).hexdigest())
+
+
+def _taken(found: Found, split: SplitLike, seed: int, name: str) -> list[Row]:
+    if split.limit is not None and split.select == "first":
+        found = islice(found, split.limit)
+    rows = [_row(columns, place, split, name) for place, columns in found]
     if not rows:
         raise DataError(f"{name}: holds no rows")
     if split.limit is not None and split.select == "random" and split.limit < len(rows):
         taken = Random(seed).sample(range(len(rows)), split.limit)
         rows = [rows[i] for i in sorted(taken)]
     return rows
+
+
+def held_out(rows: Sequence[Row], share: float, *, seed: int) -> tuple[list[Row], list[Row]]:
+    """``rows`` without a seeded choice of them, and that choice; both in their order.
+
+    At least one row is held out.
+
+    Raises:
+        DataError: none would be left.
+    """
+    count = max(1, round(share * len(rows)))
+    if count >= len(rows):
+        raise DataError(f"a share of {share:g} of {len(rows)} rows leaves none to learn from")
+    out = set(Random(seed).sample(range(len(rows)), count))
+    return (
+        [row for i, row in enumerate(rows) if i not in out],
+        [row for i, row in enumerate(rows) if i in out],
+    )
 
 
 def overlap(train: Sequence[Row], test: Sequence[Row]) -> int:
@@ -98,7 +160,8 @@ def overlap(train: Sequence[Row], test: Sequence[Row]) -> int:
 def _row(columns: Any, place: str, split: SplitLike, name: str) -> Row:
     if not isinstance(columns, dict):
         raise DataError(f'{place}: a row must be an object of columns, as {{"input": …}}')
-    if len(columns) == 1:
+    plain = getattr(split, "text", None)
+    if plain is None and len(columns) == 1:
         hint = "is the separator a comma?" if name.lower().endswith(".csv") else None
         only = next(iter(columns))
         raise DataError(
@@ -106,7 +169,8 @@ def _row(columns: Any, place: str, split: SplitLike, name: str) -> Row:
             hint=hint,
         )
     text = {}
-    for role, column in (("input", split.input), ("output", split.output)):
+    wanted = {"text": plain} if plain else {"input": split.input, "output": split.output}
+    for role, column in wanted.items():
         if column not in columns:
             near = did_you_mean(column, columns)
             raise DataError(
@@ -115,6 +179,8 @@ def _row(columns: Any, place: str, split: SplitLike, name: str) -> Row:
                 hint=f"say which column it is by `{role}:` beside the path",
             )
         text[role] = _text(columns[column], f"{place}: column {column!r}")
+    if plain is not None:
+        return Row("", text["text"], columns, plain, place)
     if not text["output"].strip():
         raise DataError(f"{place}: column {split.output!r}, the answer, is empty")
     return Row(text["input"], text["output"], columns, split.output, place)
@@ -127,68 +193,6 @@ def _text(value: Any, where: str) -> str:
         return str(value)
     kinds = {type(None): "empty (null)", bool: "true or false", list: "a list", dict: "an object"}
     raise DataError(f"{where} is {kinds.get(type(value), 'something else')}, not text")
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _json(text: str, place: str) -> Any:
-    try:
-        return json.loads(text, parse_constant=_no_constant)
-    except json.JSONDecodeError as error:
-        at = f" (line {error.lineno}, column {error.colno})" if "\n" in text.strip() else ""
-        raise DataError(f"{place}: not JSON: {error.msg}{at}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: not JSON: {error}") from None
-
-
-def _read_jsonl(path: Path, name: str) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                place = f"{name}, line {number}"
-                yield place, _json(line, place)
-
-
-def _read_json(path: Path, name: str) -> Iterator[tuple[str, Any]]:
-    rows = _json(path.read_text(encoding="utf-8-sig"), name)
-    if not isinstance(rows, list):
-        raise DataError(
-            f"{name}: must be a list of rows", hint="one object a line is called .jsonl"
-        )
-    for number, row in enumerate(rows, 1):
-        yield f"{name}, row {number}", row
-
-
-def _read_csv(path: Path, name: str) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = csv.reader(file, strict=True)
-        header: list[str] | None = None
-        try:
-            for cells in lines:
-                place = f"{name}, line {lines.line_num}"
-                if header is None:
-                    header = cells
-                    if twice := sorted({c for c in header if header.count(c) > 1}):
-                        raise DataError(f"{place}: column {twice[0]!r} is there twice")
-                elif cells:
-                    if len(cells) != len(header):
-                        raise DataError(
-                            f"{place}: {len(cells)} cells under {len(header)} columns",
-                            hint="put text that holds a comma or a line break in double quotes",
-                        )
-                    yield place, dict(zip(header, cells, strict=True))
-        except csv.Error as error:
-            raise DataError(f"{name}, line {lines.line_num}: not CSV: {error}") from None
-
-
-READERS: dict[str, Callable[[Path, str], Iterator[tuple[str, Any]]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-}
-"""Suffix → what reads such a file, row by row, each with its place."""
 
 
 def check_data_path(text: str) -> str:

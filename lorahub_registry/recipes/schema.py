@@ -1,4 +1,4 @@
-"""The recipe language as a JSON schema, for editors."""
+"""The languages of recipes and factories as JSON schemas, for editors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema
 
+from lorahub_registry.recipes.factory import Factory
+from lorahub_registry.recipes.factory_file import SECTIONS
 from lorahub_registry.recipes.model import Recipe
 
 _BOUNDS = {
@@ -32,6 +34,36 @@ def json_schema() -> dict[str, Any]:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **_standard(schema),
         "title": "lorareg recipe",
+    }
+
+
+def factory_schema() -> dict[str, Any]:
+    """The schema of what :func:`~lorahub_registry.recipes.parse_factory` accepts.
+
+    ``defaults`` may give what an adapter leaves out, so that nothing below ``data`` is required
+    here; parsing requires it.
+    """
+    schema = _standard(Factory.model_json_schema(mode="validation", schema_generator=_Schema))
+    parts = schema["$defs"]
+    plan, data = parts["AdapterPlan"], parts["AdapterData"]
+    plan["required"].remove("data")
+    del data["required"]
+    schema["properties"]["defaults"] = {
+        "type": "object",
+        "additionalProperties": False,
+        "description": "Merged under every adapter's own, mapping by mapping.",
+        "properties": {
+            name: {
+                "description": f"Of every adapter; what stands in its own {name} wins.",
+                "$ref": "#/$defs/" + plan["properties"][name]["$ref"].rsplit("/", 1)[-1],
+            }
+            for name in SECTIONS
+        },
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **schema,
+        "title": "lorareg factory",
     }
 
 

@@ -23,6 +23,18 @@ from lorahub_registry.recipes.rows import Row
 DEFAULT = "{{ input }} "
 CHAT = "chat"
 """Instead of a template: the tokenizer's own chat template, with the input as the user's words."""
+PRESETS = {
+    "alpaca": "Below is an instruction that describes a task"
+    "{% if 'instruction' in row and row.get('input') %}"
+    ", paired with an input that provides further context"
+    "{% endif %}. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{{ row.get('instruction') or input }}\n\n"
+    "{% if 'instruction' in row and row.get('input') %}"
+    "### Input:\n{{ row.get('input') }}\n\n"
+    "{% endif %}### Response:\n"
+}
+"""Templates that have a name. ``alpaca``: Alpaca's words over the columns ``instruction`` and,
+where it is not empty, ``input``; over the input column where there is no ``instruction``."""
 
 FILTERS = (
     "trim lower upper capitalize title string int float length count first last join default d "
@@ -116,11 +128,12 @@ def _check_tree(tree: nodes.Template) -> None:
 
 @lru_cache(maxsize=32)
 def _compiled(source: str) -> tuple[jinja2.Template, frozenset[str]]:
-    """The template and the names it uses.
+    """The template, given as such or by a preset's name, and the names it uses.
 
     Raises:
         ValueError: it cannot be compiled, or does what a prompt may not.
     """
+    source = PRESETS.get(source, source)
     if len(source) > MAX_TEMPLATE:
         raise ValueError(f"is {len(source)} characters long; {MAX_TEMPLATE} are the most")
     try:

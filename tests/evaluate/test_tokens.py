@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorahub_registry.errors import DataError
-from lorahub_registry.evaluate.tokens import IGNORED, Encoded, TokenRule, batches, encode
+from lorahub_registry.evaluate.tokens import (
+    IGNORED,
+    Encoded,
+    NoRoom,
+    TokenRule,
+    batches,
+    check_vocabulary,
+    encode,
+    encode_text,
+)
 from tests import tiny
 
 BOS, EOS = 1, 2
@@ -170,3 +179,46 @@ def test_seq2seq_batches_pad_their_labels_with_ignored(rows: list[Encoded]) -> N
             assert labels[: len(row.output)] == row.output
             assert set(labels[len(row.output) :]) <= {IGNORED}
             assert int(batch.inputs["attention_mask"][line].sum()) == len(row.prompt)
+
+
+def windows(text: str, *, tokenizer: object = CAUSAL, eos: bool = False, **rule: int) -> list:
+    return encode_text(tokenizer, text, TokenRule(eos=eos, **rule), place="t, line 1")
+
+
+def test_a_text_s_first_token_is_its_prompt_and_the_rest_is_learned() -> None:
+    assert windows("abc") == [Encoded([BOS], ids("abc"))]
+    assert windows("abc", tokenizer=BARE) == [Encoded(ids("a"), ids("bc"))]
+    assert windows("abc", eos=True) == [Encoded([BOS], [*ids("abc"), EOS])]
+    closing = tiny.tokenizer(bos=True, eos=True)
+    assert windows("abc", tokenizer=closing) == windows("abc")
+    assert windows("abc", tokenizer=closing, eos=True) == windows("abc", eos=True)
+
+
+@pytest.mark.parametrize("length", [2, 3, 4, 7, 8, 100])
+def test_a_long_text_becomes_windows_in_which_each_token_is_learned_once(length: int) -> None:
+    found = windows("abcdefg", max_length=length)
+    assert all(len(w.prompt) + len(w.output) <= length for w in found)
+    assert [t for w in found for t in w.output] == ids("abcdefg")
+    whole = [BOS, *ids("abcdefg")]
+    for window in found:
+        joined = [*window.prompt, *window.output]
+        assert any(whole[n : n + len(joined)] == joined for n in range(len(whole)))
+    assert len(found) == -(-7 // (length - 1))
+    if len(found) > 1:
+        assert found[1].place == f"t, line 1, window 2 of {len(found)}"
+
+
+def test_a_text_of_one_token_has_nothing_to_learn() -> None:
+    with pytest.raises(NoRoom, match="t, line 1: its text has 1 tokens"):
+        windows("")
+    with pytest.raises(NoRoom, match="has 0 tokens"):
+        windows("", tokenizer=BARE)
+
+
+def test_a_token_that_the_model_does_not_know_is_named_with_its_row() -> None:
+    rows = [Encoded([1, 2], [3]), Encoded([1], [9, 10], place="zog.jsonl, line 4")]
+    check_vocabulary(rows, 11)
+    with pytest.raises(DataError, match=r"^zog\.jsonl, line 4: token 10 of its output is none of"):
+        check_vocabulary(rows, 10)
+    with pytest.raises(DataError, match=r"^row 1: token 2 \('</s>'\) of its prompt"):
+        check_vocabulary([Encoded([2], [1])], 2, CAUSAL)

@@ -193,7 +193,7 @@ trust_remote_code: true
         ("repo: me/code-and-chat", "repo: me/code/chat", "publish.repo: must be owner/name"),
         ("repo: me/code-and-chat", "repo: me/code@v1", "publish.repo: must be owner/name"),
         ("apache-2.0", "Apache License", "publish.license: 'Apache License' is not a licence id"),
-        ("heldout.jsonl", "heldout.parquet", "data.test.path: must end in one of .jsonl, .json"),
+        ("heldout.jsonl", "heldout.txt", "data.test.path: must end in one of .jsonl, .json"),
         ("heldout.jsonl", "https://x.y/z.csv", "data.test.path: must be a file on this machine"),
         ("select: random", "select: last", "data.train.select: must be one of first, random"),
         ("limit: 64, select: random", "select: diverse", "diverse takes some of the rows: say how"),

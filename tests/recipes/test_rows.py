@@ -1,12 +1,29 @@
+import hashlib
 import json
+import os
+import subprocess
+import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lorahub_registry.errors import DataError
-from lorahub_registry.recipes import Row, Split, overlap, read_rows
+from lorahub_registry.recipes import (
+    AdapterPlan,
+    Row,
+    Split,
+    TrainSplit,
+    held_out,
+    overlap,
+    read_file,
+    read_rows,
+    read_splits,
+)
 
 
 def write(folder: Path, name: str, text: str | bytes) -> Split:
@@ -14,7 +31,7 @@ def write(folder: Path, name: str, text: str | bytes) -> Split:
     return Split(path=name)
 
 
-def refused(split: Split, folder: Path) -> DataError:
+def refused(split: Split | TrainSplit, folder: Path) -> DataError:
     with pytest.raises(DataError) as caught:
         read_rows(split, seed=0, beside=folder)
     return caught.value
@@ -45,6 +62,14 @@ def test_a_row_keeps_all_its_columns_and_its_place(tmp_path: Path) -> None:
     )
     assert first.input == "two\nlines"
     assert second == Row("d", "e", {"ask": "d", "say": "e", "more": "f"}, "say", "r.csv, line 4")
+
+
+def test_a_place_tells_no_folder_of_the_machine(tmp_path: Path) -> None:
+    write(tmp_path, "r.jsonl", jsonl(1))
+    (row,) = read_rows(Split(path=str(tmp_path / "r.jsonl")), seed=0)
+    assert row.place == "r.jsonl, line 1"
+    (row,) = read_rows(Split(path=f"../{tmp_path.name}/r.jsonl"), seed=0, beside=tmp_path)
+    assert row.place == f"../{tmp_path.name}/r.jsonl, line 1"
 
 
 def test_limit_takes_the_first_rows(tmp_path: Path) -> None:
@@ -138,3 +163,175 @@ def test_overlap_counts_the_test_rows_that_were_learned_from(
     assert overlap(train, test) == len([p for p in pairs[cut:] if p in pairs[:cut]])
     assert overlap(rows, rows) == len(rows)
     assert overlap([], rows) == 0
+
+
+def parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=2)
+
+
+def pairs(count: int) -> list[dict[str, Any]]:
+    return [{"input": f"q{i}", "output": i, "extra": None} for i in range(count)]
+
+
+def test_parquet_is_read_row_by_row(tmp_path: Path) -> None:
+    parquet(tmp_path / "r.parquet", pairs(5))
+    rows = read_rows(Split(path="r.parquet"), seed=0, beside=tmp_path)
+    assert [(r.input, r.output) for r in rows] == [(f"q{i}", str(i)) for i in range(5)]
+    assert rows[4].place == "r.parquet, row 5"
+    assert rows[4].columns == {"input": "q4", "output": 4, "extra": None}
+
+
+def test_a_fault_in_parquet_is_told_with_its_row(tmp_path: Path) -> None:
+    parquet(tmp_path / "r.parquet", [*pairs(3), {"input": None, "output": 1}])
+    told = str(refused(Split(path="r.parquet"), tmp_path))
+    assert told == "r.parquet, row 4: column 'input' is empty (null), not text"
+    assert "x.parquet: not Parquet" in str(refused(write(tmp_path, "x.parquet", "no"), tmp_path))
+
+
+def test_plain_text_is_one_column_and_may_be_empty(tmp_path: Path) -> None:
+    write(tmp_path, "t.jsonl", '{"text": "once"}\n{"text": ""}\n')
+    rows = read_rows(TrainSplit(path="t.jsonl", text="text"), seed=0, beside=tmp_path)
+    assert rows[0] == Row("", "once", {"text": "once"}, "text", "t.jsonl, line 1")
+    assert rows[1].output == ""
+    error = refused(TrainSplit(path="t.jsonl", text="txt"), tmp_path)
+    assert "there is no column 'txt', did you mean 'text'?" in str(error)
+    assert "`text:`" in (error.hint or "")
+
+
+@pytest.mark.parametrize("name", ["r.jsonl", "r.json", "r.csv", "r.parquet"])
+def test_the_sha256_is_of_the_file_whatever_is_taken_of_it(tmp_path: Path, name: str) -> None:
+    text = {"r.jsonl": jsonl(3), "r.csv": "input,output\na,b\nc,d\n"}
+    if name == "r.parquet":
+        parquet(tmp_path / name, pairs(3))
+    else:
+        write(tmp_path, name, text.get(name, '[{"input": "a", "output": "b"}]'))
+    read = read_file(Split(path=name, limit=1), seed=0, beside=tmp_path)
+    assert len(read.rows) == 1
+    assert read.name == name
+    assert read.sha256 == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+
+
+def test_rows_are_those_of_the_bytes_that_are_hashed(tmp_path: Path) -> None:
+    # A pipe says something else to whoever reads it a second time.
+    path = tmp_path / "r.jsonl"
+    os.mkfifo(path)
+
+    def write_others() -> None:
+        with suppress(BrokenPipeError):  # the reader has what it wants
+            for n in range(100):
+                path.write_bytes(jsonl(n + 1).encode())
+
+    threading.Thread(target=write_others, daemon=True).start()
+    read = read_file(Split(path="r.jsonl"), seed=0, beside=tmp_path)
+    same = "".join(json.dumps({"input": r.input, "output": r.output}) + "\n" for r in read.rows)
+    assert read.sha256 == hashlib.sha256(same.encode()).hexdigest()
+
+
+@pytest.fixture
+def rows_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A dataset in a folder: two splits, as the Hub stores them."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "rows"
+    (folder / "data").mkdir(parents=True)
+    parquet(folder / "data" / "train-00000-of-00001.parquet", pairs(6))
+    parquet(folder / "data" / "test-00000-of-00001.parquet", pairs(2))
+    return folder
+
+
+def test_a_dataset_is_read_by_its_split(rows_folder: Path) -> None:
+    split = TrainSplit(dataset="./rows", split="test")
+    read = read_file(split, seed=0, beside=rows_folder.parent)
+    assert [(r.input, r.output) for r in read.rows] == [("q0", "0"), ("q1", "1")]
+    assert read.rows[1].place == "rows (test), row 2"
+    assert (read.name, read.revision) == ("rows", None)
+    whole = read_file(TrainSplit(dataset="./rows"), seed=0, beside=rows_folder.parent)
+    assert len(whole.rows) == 6
+    assert whole.sha256 != read.sha256
+    first = TrainSplit(dataset="./rows", limit=2)
+    assert read_file(first, seed=0, beside=rows_folder.parent).sha256 == read.sha256
+
+
+def test_a_dataset_s_faults_are_told_in_plain_words(rows_folder: Path) -> None:
+    folder = rows_folder.parent
+    told = {
+        "./rows: its split 'dev' cannot be read": TrainSplit(dataset="./rows", split="dev"),
+        "./rows: its split 'train' cannot be read": TrainSplit(dataset="./rows", config="xx"),
+        "./absent: no such folder": TrainSplit(dataset="./absent"),
+        "rows (train), row 1: there is no column 'q'": TrainSplit(dataset="./rows", input="q"),
+    }
+    for text, split in told.items():
+        assert text in str(refused(split, folder))
+
+
+def test_a_dataset_s_own_code_is_never_run(rows_folder: Path) -> None:
+    for path in (rows_folder / "data").iterdir():
+        path.unlink()
+    ran = rows_folder / "ran"
+    (rows_folder / "rows.py").write_text(f"open({str(ran)!r}, 'w').close()\n", "utf-8")
+    refused(TrainSplit(dataset="./rows"), rows_folder.parent)
+    assert not ran.exists()
+
+
+def test_a_folder_of_a_dataset_s_name_does_not_stand_for_it(
+    rows_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(rows_folder.parent)
+    rows_folder.parent.joinpath("me").mkdir()
+    rows_folder.rename("me/rows")
+    error = refused(TrainSplit(dataset="me/rows"), rows_folder.parent)
+    assert "is a folder here, too" in str(error)
+    assert "./me/rows" in (error.hint or "")
+
+
+@pytest.mark.parametrize("source", ["path='r.parquet'", "dataset='me/rows'"])
+def test_a_missing_extra_is_named(tmp_path: Path, source: str) -> None:
+    (tmp_path / "r.parquet").write_bytes(b"any")
+    code = (
+        "import sys\nsys.modules['datasets'] = sys.modules['pyarrow'] = None\n"
+        "from lorahub_registry.errors import DataError\n"
+        "from lorahub_registry.recipes import TrainSplit, read_rows\n"
+        f"try:\n    read_rows(TrainSplit({source}), seed=0)\n"
+        "except DataError as error:\n    print(error.hint)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )  # fmt: skip
+    assert done.stdout == "pip install 'lorareg[datasets]'\n", done.stderr
+
+
+def test_a_share_is_held_out_by_the_seed_in_the_file_s_order() -> None:
+    rows = [Row(f"{i:03}", "a") for i in range(100)]
+    kept, out = held_out(rows, 0.1, seed=1)
+    assert (len(kept), len(out)) == (90, 10)
+    assert sorted([*kept, *out], key=lambda r: r.input) == rows
+    assert kept == sorted(kept, key=lambda r: r.input)
+    assert out == sorted(out, key=lambda r: r.input)
+    assert held_out(rows, 0.1, seed=1) == (kept, out)
+    assert held_out(rows, 0.1, seed=2) != (kept, out)
+    assert len(held_out(rows, 0.001, seed=1)[1]) == 1
+    with pytest.raises(DataError, match="leaves none to learn from"):
+        held_out(rows[:1], 0.5, seed=0)
+
+
+def test_an_adapter_s_splits_are_read_together(tmp_path: Path) -> None:
+    write(tmp_path, "a.jsonl", jsonl(10))
+    data = {"train": {"path": "a.jsonl"}, "validation": 0.2, "test": {"path": "a.jsonl"}}
+    shared = AdapterPlan.model_validate({"name": "a", "data": data})
+    found = read_splits(shared, beside=tmp_path)
+    assert {k: len(v.rows) for k, v in found.items()} == {"train": 8, "validation": 2, "test": 10}
+    assert overlap(found["train"].rows, found["validation"].rows) == 0
+    assert {v.sha256 for v in found.values()} == {hashlib.sha256(jsonl(10).encode()).hexdigest()}
+    apart = AdapterPlan.model_validate(
+        {"name": "a", "data": {"train": {"path": "a.jsonl"}, "validation": data["test"]}}
+    )
+    found = read_splits(apart, beside=tmp_path)
+    assert {k: len(v.rows) for k, v in found.items()} == {"train": 10, "validation": 10}
+    write(tmp_path, "a.jsonl", jsonl(1))
+    with pytest.raises(DataError, match=r"^a\.jsonl: a share of 0\.2 of 1 rows leaves none"):
+        read_splits(shared, beside=tmp_path)

@@ -127,3 +127,29 @@ def test_the_chat_template_is_not_ours_to_render() -> None:
     assert check_template("chat") == "chat"
     with pytest.raises(ValueError, match="tokenizer"):
         render("chat", ROW)
+
+
+WORDS = "Write a response that appropriately completes the request.\n\n### Instruction:\n"
+
+
+@pytest.mark.parametrize(
+    ("columns", "column", "prompt"),
+    [
+        ({"instruction": "add", "input": "2 2", "output": "4"}, "instruction",
+         "Below is an instruction that describes a task, paired with an input that provides "
+         f"further context. {WORDS}add\n\n### Input:\n2 2\n\n### Response:\n"),
+        ({"instruction": "add", "input": "", "output": "4"}, "instruction",
+         f"Below is an instruction that describes a task. {WORDS}add\n\n### Response:\n"),
+        ({"instruction": "add", "input": "2 2", "output": "4"}, "input",
+         "Below is an instruction that describes a task, paired with an input that provides "
+         f"further context. {WORDS}add\n\n### Input:\n2 2\n\n### Response:\n"),
+        ({"question": "2 2?", "output": "4"}, "question",
+         f"Below is an instruction that describes a task. {WORDS}2 2?\n\n### Response:\n"),
+        ({"input": "2 2?", "output": "4"}, "input",
+         f"Below is an instruction that describes a task. {WORDS}2 2?\n\n### Response:\n"),
+    ],
+)  # fmt: skip
+def test_alpaca_s_words_have_a_name(columns: dict[str, str], column: str, prompt: str) -> None:
+    assert check_template("alpaca") == "alpaca"
+    row = Row(columns[column], columns["output"], columns, "output", "a.json, row 1")
+    assert render("alpaca", row) == prompt
