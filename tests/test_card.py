@@ -258,7 +258,7 @@ def test_a_card_is_written_beside_its_facts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "7", "{}"])
 def test_results_that_are_none_are_told(tmp_path: Path, text: str) -> None:
-    with pytest.raises(OutputError, match="no mixture of lorareg"):
+    with pytest.raises(OutputError, match="nothing that lorareg mixed or trained"):
         read_results(tmp_path)
     (tmp_path / "results.json").write_text(text)
     with pytest.raises(OutputError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorahub_registry.adapters.compat import Member
 from lorahub_registry.api.output import new_folder
+from lorahub_registry.api.papers import dataset_id, finite, scores_of
 from lorahub_registry.api.prepare import (
     Prepared,
     agreed_license,
@@ -31,7 +31,6 @@ from lorahub_registry.registry.records import (
     BaseRecord,
     MemberRecord,
     MixtureRecord,
-    ScoreRecord,
     StoredAdapter,
 )
 from lorahub_registry.registry.store import Registry
@@ -161,16 +160,7 @@ def _results(ready: Prepared, loaded: LoadedBase, made: Composition) -> dict[str
         found["notes"].append(f"the recipe says {found['license']}, but {overridden}")
     found["task"] = _task(recipe, ready.folder)
     found["datasets"] = sorted({d for m in ready.members for d in _datasets(m)})
-    return _finite(found)
-
-
-def _finite(value: Any) -> Any:
-    """``value`` with null where JSON has no word: the error over one row, a loss that overflows."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return finite(found)
 
 
 def _datasets(member: Member) -> list[str]:
@@ -241,31 +231,14 @@ def _enter(ready: Prepared, results: dict[str, Any], registry: Registry) -> Stor
         registry.place_base(facts.name, ready.base.folder)
     keys = {"mixture": stored.ref, **{m.name: m.key for m in ready.members}}
     for row in results.get("test", ()):
+        pin = ready.lock.data["test"]
+        dataset = dataset_id(pin.ref, pin.files[pin.ref])
         # Base and uniform average are no adapters: their scores stand with the mixture's.
         own = row["name"] in keys
         task = results["task"] if own else f"{results['task']}, {row['name']}"
-        for score in _scores(row, task, ready):
+        for score in scores_of(row, task, dataset, facts.revision, facts.digest):
             registry.score(keys[row["name"]] if own else stored.ref, score)
     return registry.get(stored.ref)
-
-
-def _scores(row: Mapping[str, Any], task: str, ready: Prepared) -> list[ScoreRecord]:
-    pin = ready.lock.data["test"]
-    return [
-        ScoreRecord(
-            task=task,
-            metric=metric,
-            value=row[metric],
-            dataset=f"{pin.ref}@{pin.files[pin.ref][:12]}",
-            n=row["n"],
-            few_shot=0,
-            stderr=row[f"{metric}_stderr"],
-            source="measured",
-            revision=ready.base.facts.revision or (ready.base.facts.digest or "")[:12],
-        )
-        for metric in ("nll", "exact_match")
-        if row[metric] is not None
-    ]
 
 
 def _publish(ready: Prepared, progress: Progress) -> str:

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 from lorahub_registry import __version__
 from lorahub_registry.adapters.config import CONFIG_NAME
 from lorahub_registry.adapters.tensors import WEIGHTS_NAME
-from lorahub_registry.card import RECIPE_NAME, RESULTS_NAME, TRACE_NAME
+from lorahub_registry.card import (
+    FACTORY_NAME,
+    LOG_NAME,
+    LOSS_NAME,
+    RECIPE_NAME,
+    RESULTS_NAME,
+    TRACE_NAME,
+)
 from lorahub_registry.errors import LoraregError, OutputError
 from lorahub_registry.lock import LOCK_NAME
 from lorahub_registry.progress import Progress
@@ -28,9 +35,12 @@ REPORT_NAME = "lorareg.json"
 """What made a folder, of what, and which files it holds: of models and adapters that streaming
 commands write."""
 
-MIXTURE_FILES = frozenset(
-    {CONFIG_NAME, WEIGHTS_NAME, "README.md", RECIPE_NAME, LOCK_NAME, RESULTS_NAME, TRACE_NAME}
+ADAPTER_FILES = frozenset(
+    {CONFIG_NAME, WEIGHTS_NAME, "README.md", LOCK_NAME, RESULTS_NAME}
+    | {RECIPE_NAME, TRACE_NAME}
+    | {FACTORY_NAME, LOG_NAME, LOSS_NAME}
 )
+"""What stands in a mixture's or a trained adapter's folder, which has no report."""
 
 
 def check_output(out: Path, *, force: bool, made_of: Sequence[Path] = ()) -> None:
@@ -52,16 +62,28 @@ def check_output(out: Path, *, force: bool, made_of: Sequence[Path] = ()) -> Non
         return
     if not out.is_dir():
         raise OutputError(f"{out} is a file", hint="name another folder")
-    inside = {p.name for p in out.iterdir()}
-    if not inside:
+    if not any(out.iterdir()):
         return
     if not force:
         raise OutputError(f"{out} exists and is not empty", hint="--force replaces it")
-    if foreign := sorted(inside - (_reported(out) or MIXTURE_FILES)):
+    if foreign := sorted(_inside(out) - (_reported(out) or ADAPTER_FILES)):
         raise OutputError(
             f"{out} holds {foreign[0]}, which lorareg has not written; --force will not delete it",
             hint="name another folder",
         )
+
+
+def _inside(folder: Path) -> set[str]:
+    """The files in ``folder`` and below it, by their paths from there; and what folders are empty.
+
+    Links are not followed.
+    """
+    found = set()
+    for path in folder.rglob("*"):
+        inner = path.is_dir() and not path.is_symlink() and any(path.iterdir())
+        if not inner:
+            found.add(path.relative_to(folder).as_posix())
+    return found
 
 
 def _reported(out: Path) -> set[str]:
@@ -76,13 +98,21 @@ def _reported(out: Path) -> set[str]:
 
 @contextmanager
 def resumable(
-    out: Path, key: Mapping[str, Any], *, force: bool, progress: Progress, unit: str = "tensors"
+    out: Path,
+    key: Mapping[str, Any],
+    *,
+    force: bool,
+    progress: Progress,
+    unit: str = "tensors",
+    keep: bool = False,
 ) -> Iterator[Part]:
     """A folder to fill that becomes ``out`` at once at the end, and stays where the run is stopped.
 
     Args:
         key: all that decides what is written; the same command goes on where it was.
         unit: what :meth:`Part.mark` counts.
+        keep: what is marked is kept after any error; else an error of the data, which would come
+            again, leaves nothing.
 
     Raises:
         OutputError: the place cannot be written, or holds what may not be replaced.
@@ -99,24 +129,24 @@ def resumable(
             _put_back(part.folder, out)
             check_output(out, force=force)
             if part.resumed:
-                progress.say(f"an earlier run was stopped: {part.resumed} {unit} are there already")
+                progress.say(
+                    f"an earlier run was stopped: {_counted(part.resumed, unit)} there already"
+                )
             yield part
             for left in part.folder.glob(".*"):  # what only a run that goes on has use for
                 if left.name != JOURNAL:
                     shutil.rmtree(left)
-            part.folder.chmod(0o755)
-            for file in part.folder.iterdir():
-                file.chmod(0o755 if file.is_dir() else 0o644)
+            _for_all(part.folder)
             check_output(out, force=force)
         except BaseException as error:
             # An error of the data comes again, whatever is kept; a full disk or memory may not.
             again = isinstance(error, LoraregError) and not isinstance(error, OutputError)
-            if again or not part.done:
+            if (again and not keep) or not part.done:
                 part.forget()
             else:
                 progress.say(
-                    f"{len(part.done)} {unit} are kept in {part.folder.name}: the same command "
-                    "goes on from there"
+                    f"{_counted(len(part.done), unit)} kept in {part.folder.name}: the same "
+                    "command goes on from there"
                 )
             if isinstance(error, OSError):
                 why = error.strerror or error
@@ -126,6 +156,10 @@ def resumable(
             part.settle(lambda folder: _put(folder, out))
         except OSError as error:
             raise OutputError(f"{out} cannot be written: {error.strerror or error}") from error
+
+
+def _counted(number: int, unit: str) -> str:
+    return f"{number} {unit} are" if number != 1 else f"1 {unit.removesuffix('s')} is"
 
 
 def _put_back(part: Path, out: Path) -> None:
@@ -138,6 +172,12 @@ def _put_back(part: Path, out: Path) -> None:
             os.replace(old, out)
 
 
+def _for_all(folder: Path) -> None:
+    """Temporary folders and safetensors are made for their owner alone; results are for all."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
 def report_head(command: str, *libraries: str) -> dict[str, Any]:
     """How every report begins: what made it, and by which versions of what."""
     versions = {name: version(name) for name in ("torch", "safetensors", *libraries)}
@@ -145,8 +185,8 @@ def report_head(command: str, *libraries: str) -> dict[str, Any]:
 
 
 def write_report(folder: Path, facts: Mapping[str, Any], files: Collection[str] = ()) -> None:
-    """The report of what is in ``folder``; ``files`` are there, or will be."""
-    names = {p.name for p in folder.iterdir() if not p.name.startswith(".")} | set(files)
+    """The report of what is in ``folder`` and below it; ``files`` are there, or will be."""
+    names = {name for name in _inside(folder) if not name.startswith(".")} | set(files)
     text = json.dumps({**facts, "files": sorted(names - {REPORT_NAME})}, indent=2)
     (folder / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
 
@@ -167,10 +207,7 @@ def new_folder(out: Path, *, force: bool) -> Iterator[Path]:
         raise OutputError(f"{out} cannot be written: {error.strerror}") from None
     try:
         yield part
-        # Temporary folders and safetensors are made for their owner alone.
-        part.chmod(0o755)
-        for file in part.iterdir():
-            file.chmod(0o644)
+        _for_all(part)
         check_output(out, force=force)
         _put(part, out)
     except OSError as error:

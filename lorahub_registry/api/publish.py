@@ -1,11 +1,11 @@
-"""Publish: a mixture's card, and the push of its folder in one commit."""
+"""Publish: an adapter's card, and the push of its folder in one commit."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorahub_registry.card import is_generated, read_results, write_card
+from lorahub_registry.card import is_generated, is_trained, read_results, write_card
 from lorahub_registry.errors import RecipeError, UnknownRef
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.refs import expand, looks_like_path
@@ -39,7 +39,7 @@ def folder_of(place: str | Path, registry: Registry | None = None) -> Path:
 
 
 def card(place: str | Path, *, registry: Registry | None = None, repo: str | None = None) -> Path:
-    """Write the card of a mixture again, from its recipe and results; its path.
+    """Write the card of a mixture or trained adapter again, from its other files; its path.
 
     Args:
         repo: the Hub id it will have, for the code that loads it.
@@ -58,7 +58,8 @@ def push(
     message: str | None = None,
     progress: Progress = silent,
 ) -> PushResult:
-    """Publish a mixture: one atomic commit with its parent checked, its card made for ``repo``.
+    """Publish a mixture or a trained adapter: one atomic commit with its parent checked, its card
+    made for ``repo``.
 
     Args:
         place: its folder, or its name in the registry.
@@ -76,14 +77,15 @@ def push(
     folder = folder_of(place, registry)
     facts = read_results(folder)
     if not facts.get("license"):
+        made = ("factory", "train") if is_trained(facts) else ("recipe", "compose")
         raise RecipeError(
             f"{facts['name']}: its licence is unknown, and the unknown is not published",
-            hint="say it in the recipe (license: …), and compose again with --force",
+            hint="say it in the {} (license: …), and {} again with --force".format(*made),
         )
     if not facts["base"]["revision"]:
         progress.warn(
-            f"its base, {facts['base']['name']}, is a folder of yours: others can load the mixture "
-            "only if they have it; the card says so"
+            f"its base, {facts['base']['name']}, is a folder of yours: others can load it only "
+            "if they have it, too; the card says so"
         )
     if not is_generated(folder):
         progress.say("README.md was edited by hand: it is published as it is")

@@ -21,10 +21,10 @@ def push(
     place: str, repo: str, private: bool, create_pr: bool, message: str | None, dry_run: bool,
     out: Output,
 ) -> None:  # fmt: skip
-    """Publish a mixture on the Hub, in one commit.
+    """Publish a mixture or a trained adapter on the Hub, in one commit.
 
-    Its weights, card, recipe, lock and results go together or not at all. Refused: a local path
-    or a token in any of them, an unknown licence, a branch that moved meanwhile.
+    Its weights, card, recipe or factory, lock and results go together or not at all. Refused: a
+    local path or a token in any of them, an unknown licence, a branch that moved meanwhile.
 
     \b
     Examples:
@@ -61,7 +61,7 @@ def push(
 @click.option("--repo", metavar="OWNER/REPO", help="The Hub id that it will have.")
 @with_output
 def card(place: str, repo: str | None, out: Output) -> None:
-    """Write a mixture's model card again, from its recipe and results.
+    """Write the model card of a mixture or a trained adapter again, from its other files.
 
     \b
     Example:

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lorahub_registry.cli import trained
 from lorahub_registry.cli.output import clean, size
 from lorahub_registry.registry.records import ScoreRecord, StoredAdapter
 
@@ -97,6 +98,7 @@ def facts(stored: StoredAdapter, used_in: list[str]) -> dict[str, Any]:
         "modules": [dict(m) for m in record.modules],
         "config": dict(record.config),
         "mixture": _lineage(stored),
+        "trained": trained.facts(stored),
         "used_in": used_in,
         "added_at": _iso(stored.added_at),
         "updated_at": _iso(stored.updated_at),
@@ -110,7 +112,7 @@ def page(stored: StoredAdapter, used_in: list[str]) -> str:
         record.base.how, f" (inferred; its config says {clean(record.base.declared)})"
     )
     if stored.mixture is not None:
-        how = ""  # it was composed on that base
+        how = ""  # it was composed or trained on that base
     kinds = [name for name, on in (("rsLoRA", record.use_rslora), ("DoRA", record.use_dora)) if on]
     ranks = ", ".join(f"{rank} in {n} modules" for rank, n in record.ranks.items())
     lines = [
@@ -136,6 +138,7 @@ def page(stored: StoredAdapter, used_in: list[str]) -> str:
     lines += _block("scores", [_score(score) for score in record.scores])
     lines += _block("modules", _modules(record.modules))
     lines += _block("made of", _members(stored))
+    lines += _block("trained", trained.lines(stored))
     lines += _block("used in", used_in)
     lines += _block(
         "files",
@@ -191,7 +194,7 @@ def _modules(modules: tuple[Mapping[str, Any], ...]) -> list[str]:
 
 def _members(stored: StoredAdapter) -> list[str]:
     mixture = stored.mixture
-    if mixture is None:
+    if mixture is None or not mixture.members:
         return []
     rows = [
         f"{m.coefficient if m.coefficient is not None else 0:+.4f}  {m.name}"
@@ -203,7 +206,7 @@ def _members(stored: StoredAdapter) -> list[str]:
 
 def _lineage(stored: StoredAdapter) -> dict[str, Any] | None:
     mixture = stored.mixture
-    if mixture is None:
+    if mixture is None or not mixture.members:
         return None
     return {
         "method": mixture.method,

@@ -16,8 +16,9 @@ from lorahub_registry.hub.failures import explained
 from lorahub_registry.refs import safe_path
 
 README = "README.md"
-# Beside an adapter that lorareg composed: where it comes from and what it was measured to do.
-LINEAGE = ("recipe.yaml", "lorareg.lock", "results.json")
+# Beside an adapter that lorareg composed or trained: where it comes from and what it was measured
+# to do.
+LINEAGE = ("recipe.yaml", "factory.yaml", "lorareg.lock", "results.json", "training.jsonl")
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from lorahub_registry.registry.schema import (
     Adapter,
     BaseFolder,
     BaseModel,
-    Mixture,
+    MixtureMember,
     Repo,
     Score,
     Skill,
@@ -279,7 +279,8 @@ class Registry:
         if weights is not None:
             where.append(Adapter.weights == weights)
         if mixtures:
-            where.append(Adapter.id.in_(select(Mixture.adapter_id)))
+            # What was trained has a lineage, too, and no members.
+            where.append(Adapter.id.in_(select(MixtureMember.mixture_id)))
         query = (
             select(Adapter.id)
             .join(Repo, Repo.id == Adapter.repo_id)
@@ -345,7 +346,7 @@ class Registry:
             "bases": select(func.count()).select_from(BaseModel),
             "skills": select(func.count()).select_from(Skill),
             "scores": select(func.count()).select_from(Score),
-            "mixtures": select(func.count()).select_from(Mixture),
+            "mixtures": select(func.count(MixtureMember.mixture_id.distinct())),
         }
         with engine.reading(self._engine) as connection:
             return {name: int(connection.scalar(query)) for name, query in things.items()}

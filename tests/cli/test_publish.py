@@ -196,7 +196,7 @@ def test_adapters_that_agree_give_the_mixture_their_licence(lorareg, kitchen):
 
 def test_what_is_no_mixture_is_not_pushed(lorareg, kitchen):
     said = lorareg.fails("push", "loras/plain", "me/mine")
-    assert "holds no results.json, so it is no mixture of lorareg" in said
+    assert "holds no results.json, so it is nothing that lorareg mixed or trained" in said
 
 
 @pytest.mark.parametrize("repo", ["mine", "me/a/b", "me/a@main", "../me"])
@@ -231,8 +231,8 @@ def test_card_writes_the_same_card_again(lorareg, kitchen):
 
 def test_card_of_what_is_no_mixture_says_so(lorareg, kitchen):
     said = lorareg.fails("card", "loras/plain")
-    assert "holds no results.json, so it is no mixture of lorareg" in said
-    assert "cards are written for what `lorareg compose` made" in said
+    assert "holds no results.json, so it is nothing that lorareg mixed or trained" in said
+    assert "cards are written for what `lorareg compose` or `lorareg train` made" in said
 
 
 def test_card_of_half_a_mixture_names_what_is_missing(lorareg, kitchen):

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorahub_registry.adapters.facts import read_facts
-from lorahub_registry.compose.write import check_applied, stock_peft, write_mixture
+from lorahub_registry.compose.write import check_applied, write_mixture
 from lorahub_registry.errors import NotApplied
+from lorahub_registry.evaluate.stock import stock_peft
 from lorahub_registry.recipes.fields import OutputRank
 from lorahub_registry.weights.files import load_deltas
 from lorahub_registry.weights.lowrank import LowRank, weighted_sum
@@ -221,7 +222,7 @@ def test_stock_peft_leaves_the_base_as_it_was(tiny_llama: tiny.Tiny) -> None:
     base = tiny_llama.base()
     for _ in range(2):
         with stock_peft(base, tiny_llama.adapter("wide")) as wrapped:
-            assert wrapped.peft_config.keys() == {"mixture"}
+            assert wrapped.peft_config.keys() == {"default"}
         assert clean(base, tiny_llama)
     with pytest.raises(ZeroDivisionError), stock_peft(base, tiny_llama.adapter("plain")):
         raise ZeroDivisionError

@@ -57,9 +57,11 @@ def test_a_removed_member_leaves_its_name_and_digest(registry: Registry) -> None
 def test_composing_again_replaces_the_lineage_and_indexing_keeps_it(registry: Registry) -> None:
     registry.put(adapter("bob/one"))
     first = registry.add_mixture(local("/w/mix"), mixture("mix", member("bob/one")))
-    again = registry.add_mixture(local("/w/mix"), mixture("mix2", digest="d2"))
+    other = mixture("mix2", member("bob/one"), digest="d2")
+    again = registry.add_mixture(local("/w/mix"), other)
     assert again.id == first.id
-    assert again.mixture == mixture("mix2", digest="d2")
+    assert again.mixture is not None
+    assert (again.mixture.name, again.mixture.recipe_digest) == ("mix2", "d2")
     assert registry.put(local("/w/mix", description="new")).mixture == again.mixture
     assert registry.counts()["mixtures"] == 1
 

@@ -1,0 +1,75 @@
+"""The card's folder: the facts beside it, and writing it there."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorahub_registry.card.front import is_trained
+from lorahub_registry.card.page import render
+from lorahub_registry.errors import OutputError
+
+RESULTS_NAME = "results.json"
+RECIPE_NAME = "recipe.yaml"
+TRACE_NAME = "trace.png"
+FACTORY_NAME = "factory.yaml"
+LOSS_NAME = "loss.png"
+LOG_NAME = "training.jsonl"
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """The facts beside a mixture or a trained adapter (see :func:`is_trained`).
+
+    Raises:
+        OutputError: there are none: it is neither, or not whole.
+    """
+    path = folder / RESULTS_NAME
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise OutputError(
+            f"{folder} holds no {RESULTS_NAME}, so it is nothing that lorareg mixed or trained",
+            hint="cards are written for what `lorareg compose` or `lorareg train` made",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(found, dict) or not ("members" in found or is_trained(found)):
+        raise OutputError(f"{path}: neither the results of a mixture nor of training")
+    return found
+
+
+def write_card(folder: Path, *, repo: str | None = None) -> Path:
+    """Write ``README.md`` into the folder of a mixture or trained adapter, from its other files.
+
+    Args:
+        repo: the Hub id it will have, for the code that loads it.
+
+    Raises:
+        OutputError: the folder holds neither, or not all of it.
+    """
+    path, facts = folder / "README.md", read_results(folder)
+    path.write_text(render(facts, _recipe(folder, facts), repo=repo), encoding="utf-8")
+    return path
+
+
+def is_generated(folder: Path) -> bool:
+    """Whether the card in ``folder`` is as it was generated, for whatever repo; or is missing."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return True
+    text = path.read_text("utf-8", errors="replace")
+    named = re.search(r'from_pretrained\(base, "([^"]*)"\)', text)
+    facts = read_results(folder)
+    return named is not None and text == render(facts, _recipe(folder, facts), repo=named[1])
+
+
+def _recipe(folder: Path, facts: Mapping[str, Any]) -> str:
+    """The YAML that made it."""
+    path = folder / (FACTORY_NAME if is_trained(facts) else RECIPE_NAME)
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OutputError(f"{path}: cannot be read ({error})") from None

@@ -1,0 +1,61 @@
+"""A card's front matter: metadata in the Hub's own words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9._-]*\Z")
+
+
+def is_trained(facts: Mapping[str, Any]) -> bool:
+    """Whether these are the results of training; else they are a mixture's."""
+    return facts.get("kind") == "trained"
+
+
+def metadata(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The front matter. The language is not said: nothing here knows it."""
+    base = facts["base"]["name"]
+    trained = is_trained(facts)
+    pipeline = "text2text-generation" if facts["seq2seq"] else "text-generation"
+    tags = ["lora", "lorareg", *([] if trained else ["merge"]), f"base_model:adapter:{base}"]
+    if trained:
+        tags += [skill for skill in facts["skills"] if skill not in tags]
+    found: dict[str, Any] = {
+        "base_model": base,
+        "base_model_relation": "adapter",
+        "library_name": "peft",
+        "pipeline_tag": pipeline,
+        "tags": tags,
+    }
+    if facts["license"]:
+        found["license"] = license_id(facts["license"])
+    if facts["datasets"]:
+        found["datasets"] = list(facts["datasets"])
+    if facts.get("test"):
+        kind = "adapter" if trained else "mixture"
+        own = next(row for row in facts["test"] if row["kind"] == kind)
+        metrics = [
+            {"type": metric, "name": title, "value": round(own[metric], 6)}
+            for metric, title in (
+                ("nll", "NLL per output token (nats)"),
+                ("exact_match", "Exact match"),
+            )
+            if own[metric] is not None
+        ]
+        task = {"type": pipeline}
+        dataset = {"name": facts["task"], "type": "custom"}
+        found["model-index"] = [
+            {
+                "name": facts["name"],
+                "results": [{"task": task, "dataset": dataset, "metrics": metrics}],
+            }
+        ]
+    return found
+
+
+def license_id(text: str) -> str:
+    """A licence as the Hub writes it; ``other`` for what is no identifier."""
+    lowered = text.strip().lower()
+    return lowered if _LICENSE.match(lowered) else "other"
