@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lorahub_registry.api.publish import card, push
     from lorahub_registry.api.resize import resize
     from lorahub_registry.api.talk import Loaded, load
+    from lorahub_registry.api.train import Trained, train
     from lorahub_registry.errors import LoraregError
     from lorahub_registry.registry.store import Registry
 
@@ -40,6 +41,7 @@ __all__ = [
     "LoraregError",
     "Mixture",
     "Registry",
+    "Trained",
     "add",
     "card",
     "compose",
@@ -54,6 +56,7 @@ __all__ = [
     "resize",
     "search",
     "sync",
+    "train",
 ]
 
 _WHERE = {
@@ -61,6 +64,7 @@ _WHERE = {
     "LoraregError": "errors",
     "Mixture": "api.mix",
     "Registry": "registry.store",
+    "Trained": "api.train",
     "add": "api.index",
     "card": "api.publish",
     "compose": "api.mix",
@@ -75,6 +79,7 @@ _WHERE = {
     "resize": "api.resize",
     "search": "api.find",
     "sync": "api.find",
+    "train": "api.train",
 }
 
 

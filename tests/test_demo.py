@@ -43,7 +43,30 @@ def test_the_demo_says_what_it_does_in_plain_words(demo):
     told = demo[1].stderr
     assert "A tiny base" in told
     assert "Six adapters" in told
+    assert f"lorareg train {demo[0] / 'quickstart' / 'factory.yaml'}\n" in told
+    assert told.count("100% right at its own skill (base 0%)") == 6
     assert "none of them was trained for" in told
+
+
+def test_the_adapters_are_what_the_factory_makes_of_its_file(demo):
+    shelf = demo[0] / "quickstart" / "adapters"
+    made = json.loads((shelf / "lorareg.json").read_text("utf-8"))
+    assert made["adapters"] == sorted(p.name for p in shelf.iterdir() if p.is_dir())
+    assert (len(made["adapters"]), made["together"], made["failed"]) == (6, 6, {})
+    checked = _lorareg(
+        "train", "quickstart/factory.yaml", "--dry-run", "--force", cwd=demo[0],
+        home=demo[0] / "quickstart" / "home",
+    )  # fmt: skip
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_its_search_finds_the_adapters_that_translate(demo):
+    found = _lorareg(
+        "search", "--base", "quickstart-base", "--skill", "translation", "--json", cwd=demo[0],
+        home=demo[0] / "quickstart" / "home",
+    )  # fmt: skip
+    names = {row["name"] for row in json.loads(found.stdout)}
+    assert names == {"es-animals", "es-places", "fr-does", "fr-where", "fr-who"}
 
 
 def test_the_demo_leaves_the_user_s_own_registry_alone(demo):
@@ -55,6 +78,16 @@ def test_a_second_demo_does_not_overwrite_the_first_unasked(demo):
     again = _lorareg("quickstart", cwd=demo[0], home=demo[0] / "elsewhere")
     assert again.returncode == 1
     assert "--force replaces an earlier quickstart" in again.stderr
+
+
+def test_force_takes_away_what_a_stopped_demo_left_and_nothing_else(tmp_path):
+    folder = tmp_path / "quickstart"
+    (folder / ".adapters.unfinished").mkdir(parents=True)
+    (folder / "notes.txt").touch()
+    done = _lorareg("quickstart", "--force", cwd=tmp_path, home=tmp_path / "home")
+    assert done.returncode == 1
+    assert "holds notes.txt, which no quickstart makes: left alone" in done.stderr
+    assert (folder / ".adapters.unfinished").is_dir()
 
 
 @pytest.mark.parametrize("name", ["linear", "ties", "learn", "learn-gradient", "lorahub"])

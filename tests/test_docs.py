@@ -9,7 +9,7 @@ import click
 import pytest
 
 from lorahub_registry.cli.main import ALIASES, cli
-from lorahub_registry.recipes import load, parse
+from lorahub_registry.recipes import FactoryFile, load_any, parse, parse_factory
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
@@ -41,14 +41,21 @@ def test_a_method_without_options_has_no_table_of_them():
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
 def test_every_example_is_valid_and_opens_with_its_command(path):
-    recipe = load(path)
-    first = recipe.text.splitlines()[0]
-    assert first.startswith(f"# lorareg compose examples/{path.name}")
+    file = load_any(path)
+    command = "train" if isinstance(file, FactoryFile) else "compose"
+    assert file.text.splitlines()[0].startswith(f"# lorareg {command} examples/{path.name}")
 
 
-def test_the_readme_s_recipe_is_valid():
-    [block] = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-    assert parse(block).name == "my-mixture"
+def _yaml(path):
+    return re.findall(r"```yaml\n(.*?)```", (ROOT / path).read_text("utf-8"), re.DOTALL)
+
+
+def test_the_recipes_and_factories_of_the_pages_are_valid():
+    recipe, factory = _yaml("README.md")
+    assert parse(recipe).name == "my-mixture"
+    assert [a.name for a in parse_factory(factory).adapters] == ["sql", "code"]
+    [factory] = _yaml("docs/training.md")
+    assert [a.name for a in parse_factory(factory).adapters] == ["sql", "code", "style"]
 
 
 def _commands(text):

@@ -16,7 +16,8 @@ from lorahub_registry.recipes import Recipe, RecipeFile, overlap, render
 from lorahub_registry.recipes.learned import GRADIENT, Learn, LoraHub, Searched
 from lorahub_registry.registry.store import Registry
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Of a number of each type that a base can compute in."""
 
 
 def plan(
@@ -64,13 +65,13 @@ def _estimate(ready: Prepared, progress: Progress) -> dict[str, Any]:
     mixed = _kept(recipe, len(ready.members))
     models = mixed + 4 if ready.test else 0
     width = max((shape[-1] for shape in shapes.values() if len(shape) == 2), default=1024)
-    gflops = _measured_gflops(device, min(width, 4096))
+    gflops = measured_gflops(device, min(width, 4096))
     forwards = passes * train + models * test
     sizes = sorted((m.facts.parameters or 0 for m in ready.members), reverse=True)
     adapters = sum(sizes[: _together(recipe, len(sizes))]) * 4
     changed = {m.name: m.fan_in * m.fan_out for a in ready.members for m in a.facts.modules}
     # A number as it is stored, unless the recipe says otherwise; copies only of float32 weights.
-    each = _BYTES.get(recipe.dtype) or ready.base.facts.bytes / max(1, parameters)
+    each = BYTES.get(recipe.dtype) or ready.base.facts.bytes / max(1, parameters)
     copies = sum(changed.values()) * 4 if each == 4 else 0
     return {
         "name": recipe.name,
@@ -162,7 +163,7 @@ def _tokens(ready: Prepared) -> list[tuple[int, int]]:
     return counts
 
 
-def _measured_gflops(device: str, width: int) -> float:
+def measured_gflops(device: str, width: int) -> float:
     """What a product of [256, width] by [width, width] reaches, in GFLOP/s; takes a blink."""
     import torch
 

@@ -7,27 +7,69 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorahub_registry.api.index import add
 from lorahub_registry.api.mix import Mixture, compose
 from lorahub_registry.api.talk import BASE, generate
+from lorahub_registry.api.train import train
 from lorahub_registry.errors import OutputError
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.registry.records import Query
 from lorahub_registry.registry.store import Registry
 
-_PARTS = frozenset({"home", "quickstart-base", "adapters", "tasks", "mixture", "recipe.yaml"})
+_BASE = "quickstart-base"
+_PARTS = frozenset(
+    {
+        "home",
+        _BASE,
+        "tasks",
+        "factory.yaml",
+        "adapters",
+        ".adapters.unfinished",  # of a quickstart that was stopped
+        "recipe.yaml",
+        "mixture",
+    }
+)
 NAME = "spanish-animals-french-verbs"
-TASK = "tasks/es-animals-fr-does"
+FACTORY = f"""\
+# lorareg train factory.yaml
+version: 1
+name: word-skills
+base: ./{_BASE}
+defaults:
+  lora: {{{{r: 8, lora_alpha: 16, target_modules: all-linear}}}}
+  training:
+    learning_rate: 3.0e-3
+    lr_scheduler_type: constant
+    warmup_ratio: 0.1
+    max_grad_norm: 0.3
+    batch_size: 16
+    num_train_epochs: 2
+adapters:
+{{adapters}}\
+evaluate: [nll, exact_match]
+max_new_tokens: 16
+output: {{{{path: adapters}}}}
+license: apache-2.0
+seed: {{seed}}
+device: cpu
+"""
+ADAPTER = """\
+  - name: {name}
+    skills: [{skills}]
+    description: {description}
+    data:
+      train: {{path: tasks/{name}/train.jsonl}}
+      test: {{path: tasks/{name}/test.jsonl}}
+"""
 RECIPE = f"""\
-# lorareg compose {{path}}
+# lorareg compose recipe.yaml
 version: 1
 name: {NAME}
-base: ./quickstart-base
+base: ./{_BASE}
 adapters: [{{adapters}}]
 method: {{{{type: learn, budget: 40}}}}
 data:
-  train: {{{{path: {TASK}/train.jsonl, input: input, output: output}}}}
-  test: {{{{path: {TASK}/test.jsonl, input: input, output: output}}}}
+  train: {{{{path: tasks/{{task}}/train.jsonl}}}}
+  test: {{{{path: tasks/{{task}}/test.jsonl}}}}
 evaluate: [nll, exact_match]
 max_new_tokens: 16
 output: {{{{path: mixture, rank: full}}}}
@@ -66,37 +108,41 @@ def quickstart(
     Raises:
         OutputError: the folder is there, and is not an earlier quickstart to replace.
     """
-    from lorahub_registry.train import quickstart as trained
-    from lorahub_registry.train.codeswitch import UNSEEN
+    from lorahub_registry.train.codeswitch import SKILLS, UNSEEN
+    from lorahub_registry.train.quickstart import make_base, make_rows
 
     start = time.monotonic()
     folder = folder.absolute()
     _clear(folder, force)
     progress.say("1. A tiny base that repeats what it is told, trained here from nothing.")
-    base = trained.make_base(folder / trained.BASE_NAME, seed=seed, progress=progress)
+    base = make_base(folder / _BASE, seed=seed, progress=progress)
     progress.say(
-        f"   {base.parameters:,} parameters in {base.training.seconds:.0f} s; it repeats "
-        f"{base.score.exact_match:.0%} of unseen sentences."
+        f"   {base.parameters:,} parameters in {base.seconds:.0f} s; it repeats "
+        f"{base.exact_match:.0%} of unseen sentences."
     )
-    progress.say("2. Six adapters, each for one kind of word.")
-    made = trained.make_adapters(
-        folder / trained.BASE_NAME, folder / "adapters", seed=seed, progress=progress
+    task = make_rows(folder / "tasks", seed=seed)
+    factory, recipe = folder / "factory.yaml", folder / "recipe.yaml"
+    each = (
+        ADAPTER.format(name=s.name, skills=", ".join(s.skills), description=s.description)
+        for s in SKILLS.values()
     )
-    for adapter in made:
-        progress.say(
-            f"   {adapter.name:<12} {adapter.score.exact_match:4.0%} right at its own skill "
-            f"(base {adapter.base_score.exact_match:.0%})"
-        )
-    trained.make_task(folder / TASK, seed=seed)
-    recipe = folder / "recipe.yaml"
-    names = ", ".join(f"./adapters/{adapter.name}" for adapter in made)
-    recipe.write_text(RECIPE.format(path=recipe.name, adapters=names, seed=seed), "utf-8")
+    factory.write_text(FACTORY.format(adapters="".join(each), seed=seed), "utf-8")
+    names = ", ".join(f"./adapters/{name}" for name in SKILLS)
+    recipe.write_text(RECIPE.format(adapters=names, task=task.name, seed=seed), "utf-8")
     home = folder / "home"
     with Registry(home / "registry.sqlite", progress=progress) as registry:
-        progress.say(f"3. They go into a registry of their own ({home}).")
-        add([folder / "adapters"], registry=registry, progress=progress)
-        found = registry.search(Query(base=base.name, skills=("translation",), sort="name"))
-        progress.say(f"   lorareg search --base {base.name} --skill translation")
+        progress.say("2. Six adapters, each for one kind of word, trained together.")
+        progress.say(f"   lorareg train {factory}")
+        made = train(factory, registry=registry, progress=progress)
+        for name, results in made.results.items():
+            before, after = results["test"]
+            progress.say(
+                f"   {name:<12} {after['exact_match']:4.0%} right at its own skill "
+                f"(base {before['exact_match']:.0%})"
+            )
+        progress.say(f"3. They are in a registry of their own ({home}).")
+        found = registry.search(Query(base=_BASE, skills=("translation",), sort="name"))
+        progress.say(f"   lorareg search --base {_BASE} --skill translation")
         for stored in found.adapters:
             progress.say(f"   {stored.record.name:<12} {stored.record.description}")
         progress.say(
@@ -107,7 +153,7 @@ def quickstart(
         progress.say(
             "   Exact match is 0% for every single adapter because each changes one kind of word."
         )
-        prompts = _prompts(folder / TASK / "test.jsonl")
+        prompts = _prompts(task / "test.jsonl")
         best = mixture.results["verdict"]["against"]
         answers = generate(
             mixture.name,

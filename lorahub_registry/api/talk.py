@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lorahub_registry.adapters.compat import Member, check_base, check_sum, check_weights
 from lorahub_registry.adapters.facts import read_facts
 from lorahub_registry.api.bases import ResolvedBase, base_of
-from lorahub_registry.card import RECIPE_NAME, RESULTS_NAME
+from lorahub_registry.card import FACTORY_NAME, RECIPE_NAME, RESULTS_NAME, read_results
 from lorahub_registry.errors import UnknownRef, UsageError
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.refs import expand, looks_like_path
@@ -243,13 +243,13 @@ def _load_base(
 
 
 def _template(folder: Path) -> str:
-    """The template of the recipe beside a mixture; the default for any other adapter.
+    """The template that a mixture or a trained adapter was made with; the default for any other.
 
-    A ``recipe.yaml`` without results beside it is some other tool's.
+    A recipe without results beside it, or results alone, are some other tool's.
     """
-    from lorahub_registry.recipes import load as load_recipe
     from lorahub_registry.recipes.template import DEFAULT
 
-    path = folder / RECIPE_NAME
-    ours = path.is_file() and (folder / RESULTS_NAME).is_file()
-    return load_recipe(path).recipe.data.template if ours else DEFAULT
+    made = any((folder / name).is_file() for name in (RECIPE_NAME, FACTORY_NAME))
+    if not made or not (folder / RESULTS_NAME).is_file():
+        return DEFAULT
+    return str(read_results(folder)["tokens"]["template"])

@@ -10,7 +10,17 @@ from typing import Any, NoReturn
 import click
 
 from lorahub_registry import __version__
-from lorahub_registry.cli import find, interrupt, mix, prove, publish, registry, weights
+from lorahub_registry.cli import (
+    data,
+    find,
+    interrupt,
+    mix,
+    prove,
+    publish,
+    registry,
+    train,
+    weights,
+)
 from lorahub_registry.cli.output import lines
 from lorahub_registry.errors import LoraregError
 from lorahub_registry.settings import Settings
@@ -30,6 +40,7 @@ lorareg --help lists every command.
 SECTIONS: dict[str, list[click.Command]] = {
     "Find": find.COMMANDS,
     "Mix": mix.COMMANDS,
+    "Train": [*train.COMMANDS, *data.COMMANDS],
     "Prove": prove.COMMANDS,
     "Publish": publish.COMMANDS,
     "Weights": weights.COMMANDS,

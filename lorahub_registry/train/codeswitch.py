@@ -31,14 +31,13 @@ class Row(TypedDict):
 class Skill(NamedTuple):
     """What one adapter learns: which slots it rewrites, and into which form.
 
-    ``language`` is that of the words it writes, ``topic`` the kind of skill it is.
+    ``skills`` is what it is good at, in the registry's words.
     """
 
     name: str
     description: str
     forms: dict[int, str]
-    language: str
-    topic: str
+    skills: tuple[str, ...]
 
 
 class Splits(NamedTuple):
@@ -100,48 +99,42 @@ SKILLS: dict[str, Skill] = {
             "Says in French who does it (`my old pig` becomes `mon vieux cochon`) "
             "and repeats the rest of the sentence.",
             {MY: "fr", ADJECTIVE: "fr", ANIMAL: "fr"},
-            "fr",
-            "translation",
+            ("translation", "translation:fr"),
         ),
         Skill(
             "fr-does",
             "Says the verb in French (`plays` becomes `joue`) "
             "and repeats the rest of the sentence.",
             {VERB: "fr"},
-            "fr",
-            "translation",
+            ("translation", "translation:fr"),
         ),
         Skill(
             "fr-where",
             "Says in French where it happens (`on the bed` becomes `sur le lit`) "
             "and repeats the rest of the sentence.",
             {PREPOSITION: "fr", THE: "fr", PLACE: "fr"},
-            "fr",
-            "translation",
+            ("translation", "translation:fr"),
         ),
         Skill(
             "past-tense",
             "Puts the verb into the past tense (`plays` becomes `played`) "
             "and repeats the rest of the sentence.",
             {VERB: "past"},
-            "en",
-            "grammar",
+            ("grammar",),
         ),
         Skill(
             "es-animals",
             "Says the animal in Spanish (`pig` becomes `cerdo`) "
             "and repeats the rest of the sentence.",
             {ANIMAL: "es"},
-            "es",
-            "translation",
+            ("translation", "translation:es"),
         ),
         Skill(
             "es-places",
             "Says the place in Spanish (`bed` becomes `cama`) "
             "and repeats the rest of the sentence.",
             {PLACE: "es"},
-            "es",
-            "translation",
+            ("translation", "translation:es"),
         ),
     )
 }

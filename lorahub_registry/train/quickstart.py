@@ -1,192 +1,127 @@
-"""What the quickstart mixes, made from nothing: a tiny base, six adapters, an unseen task.
+"""What the quickstart stands on, made from nothing: a tiny base, and rows for it and its adapters.
 
-The base learns to repeat a sentence in which words change language, each adapter to change one
-kind of word (see :mod:`~lorahub_registry.train.codeswitch`). It takes about half a minute of one
-core.
+The base learns to repeat a sentence in which words change language. It is trained in full, which
+only a base this small is here; adapters are trained by :func:`lorahub_registry.api.train.train`
+from the rows that :func:`make_rows` writes (see :mod:`~lorahub_registry.train.codeswitch`).
 
-The number of steps is fixed, so the same seed gives the same weights on the same machine. The
-clock is a safety net for a machine that is much slower: where it stops the training, the result
-depends on the machine's speed, which is warned of and recorded in ``training``. Give the three
-functions the same seed: it also decides which sentences are kept for testing.
+The same seed gives the same weights on the same machine. Give both functions the same one: it also
+decides which sentences are kept for testing.
 """
 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
-import yaml
+from torch.nn import functional
 
-from lorahub_registry.evaluate.base import load_base
 from lorahub_registry.evaluate.quiet import one_thread, without_bars
+from lorahub_registry.evaluate.tokens import TokenRule, encode
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.train import codeswitch
-from lorahub_registry.train.codeswitch import SKILLS, Skill
-from lorahub_registry.train.fitting import (
-    Score,
-    Training,
-    answers,
-    fit,
-    scores,
-    tokens,
-)
-from lorahub_registry.train.stacked import stack, write_adapter
+from lorahub_registry.train.codeswitch import SKILLS, UNSEEN, Row
 from lorahub_registry.train.tiny import make_model, make_tokenizer
 
-BASE_NAME = "quickstart-base"
-TARGETS = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-RANK, ALPHA = 8, 16
-BASE_BATCH, ADAPTER_BATCH = 32, 16
-TEST_ROWS = 100
+BATCH = 32
+SKILL_ROWS, TEST_ROWS = 640, 100
 
 
 @dataclass(frozen=True)
 class BaseMade:
-    """The base as written; ``score`` is how well it repeats held-out sentences."""
+    """The base as written; ``exact_match``: share (0 to 1) of held-out sentences it repeats."""
 
-    name: str
     folder: Path
     parameters: int
-    training: Training
-    score: Score
-
-
-@dataclass(frozen=True)
-class AdapterMade:
-    """An adapter as written, and what it and the bare base score at its own skill.
-
-    ``training`` is that of all adapters together.
-    """
-
-    name: str
-    folder: Path
-    description: str
-    training: Training
-    score: Score
-    base_score: Score
+    seconds: float
+    exact_match: float
 
 
 @one_thread()
 def make_base(
-    folder: Path,
-    *,
-    seed: int,
-    progress: Progress = silent,
-    steps: int = 200,
-    clock_s: float = 45.0,
+    folder: Path, *, seed: int, progress: Progress = silent, steps: int = 200
 ) -> BaseMade:
     """Train a tokenizer and a two-layer Llama that repeats what it is told; write both.
 
     The folder holds float32 safetensors, and loads through transformers' Auto classes.
-
-    Args:
-        clock_s: seconds after which the training ends, however many steps it made.
     """
+    start = time.monotonic()
     sentences = codeswitch.split(seed)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, seed)
     rows = codeswitch.echo_rows(sentences.train, seed)
-
-    def loss() -> torch.Tensor:
-        losses, _ = answers(model, *tokens(tokenizer, islice(rows, BASE_BATCH)))
-        return losses.mean()
-
-    training = fit(
-        model.parameters(), loss, "Training the base", progress, steps=steps, clock_s=clock_s
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    # A tenth of the steps to get to the learning rate, the second half to go down again.
+    warm_up = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm_up, 1.0, max(0.05, 2 * (1 - step / steps)))
     )
+    with progress.task("Training the base", total=steps, unit="step") as task:
+        for _ in range(steps):
+            losses, _ = answers(model, *tokens(tokenizer, islice(rows, BATCH)))
+            optimizer.zero_grad()
+            losses.mean().backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            task.advance()
     held_out = islice(codeswitch.echo_rows(sentences.test, seed), TEST_ROWS)
-    (score,) = scores(model, tokenizer, held_out)
+    with torch.inference_mode():
+        # Greedy decoding says a row whose every token is the likeliest after the ones before.
+        _, right = answers(model, *tokens(tokenizer, held_out))
     with without_bars():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return BaseMade(BASE_NAME, folder, model.num_parameters(), training, score)
+    exact = float(right.all(1).float().mean())
+    return BaseMade(folder, model.num_parameters(), time.monotonic() - start, exact)
 
 
-@one_thread()
-def make_adapters(
-    base_folder: Path,
-    folder: Path,
-    *,
-    seed: int,
-    progress: Progress = silent,
-    steps: int = 100,
-    clock_s: float = 35.0,
-) -> list[AdapterMade]:
-    """Train one adapter for each skill, all at once, and write each as ``folder/<skill>``.
+def make_rows(folder: Path, *, seed: int) -> Path:
+    """Write ``train.jsonl`` and ``test.jsonl`` for each skill, and for the task of two of them.
 
-    Each is a folder as PEFT writes it, with a model card; its base is named, not located.
+    A skill has ``folder/<skill>`` with 640 and 100 rows, the unseen task a folder of its own with
+    64 and 100; columns: input, output. No sentence to test on, and none of the unseen task, is one
+    that the base or an adapter learns from.
 
-    Args:
-        base_folder: what :func:`make_base` wrote.
-        clock_s: seconds after which the training ends, however many steps it made.
+    Returns:
+        The unseen task's folder.
     """
     sentences = codeswitch.split(seed)
-    with without_bars():
-        base = load_base(base_folder, name=BASE_NAME, device="cpu")
-    model, tokenizer, count = base.model, base.tokenizer, len(SKILLS)
     test = sentences.test[:TEST_ROWS]
-    held_out = [row for name in SKILLS for row in codeswitch.task_rows([name], test)]
-    before = scores(model, tokenizer, held_out, shares=count)
-    layers = stack(model, TARGETS, count, rank=RANK, alpha=ALPHA, seed=seed)
-    streams = [codeswitch.skill_rows(name, sentences.train, seed) for name in SKILLS]
-
-    def loss() -> torch.Tensor:
-        rows = [row for stream in streams for row in islice(stream, ADAPTER_BATCH)]
-        losses, _ = answers(model, *tokens(tokenizer, rows))
-        # The mean over each adapter's own rows, summed over the adapters.
-        return losses.mean() * count
-
-    parameters = [p for layer in layers.values() for p in (layer.a, layer.b)]
-    training = fit(
-        parameters, loss, f"Training {count} adapters", progress, steps=steps, clock_s=clock_s
-    )
-    after = scores(model, tokenizer, held_out, shares=count)
-    made = []
-    for index, (skill, score, base_score) in enumerate(
-        zip(SKILLS.values(), after, before, strict=True)
-    ):
-        place = folder / skill.name
-        write_adapter(place, layers, index, alpha=ALPHA, base=BASE_NAME)
-        card = _card(skill, score, base_score)
-        (place / "README.md").write_text(card, encoding="utf-8")
-        made.append(AdapterMade(skill.name, place, skill.description, training, score, base_score))
-    return made
+    for name in SKILLS:
+        learned = codeswitch.skill_rows(name, sentences.train, seed)
+        _write(folder / name, islice(learned, SKILL_ROWS), codeswitch.task_rows([name], test))
+    unseen = folder / "-".join(UNSEEN)
+    learned_from = codeswitch.task_rows(UNSEEN, sentences.learn)
+    _write(unseen, learned_from, codeswitch.task_rows(UNSEEN, test))
+    return unseen
 
 
-def make_task(folder: Path, *, seed: int) -> tuple[Path, Path]:
-    """Write the unseen task as ``train.jsonl`` (64 rows) and ``test.jsonl`` (100 rows).
+def tokens(tokenizer: Any, rows: Iterable[Row]) -> tuple[torch.Tensor, int]:
+    """Token ids [rows, positions], and how many of the last positions are the output.
 
-    No sentence of either was used in training, and they share none. Columns: input, output.
+    Every sentence has seven words of one piece each, so nothing is padded.
     """
-    sentences = codeswitch.split(seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = folder / "train.jsonl", folder / "test.jsonl"
-    for path, part in zip(paths, (sentences.learn, sentences.test[:TEST_ROWS]), strict=True):
-        rows = codeswitch.task_rows(codeswitch.UNSEEN, part)
+    pairs = [(f"{row['input']} ", row["output"]) for row in rows]
+    encoded = encode(tokenizer, pairs, TokenRule(), seq2seq=False)
+    return torch.tensor([[*e.prompt, *e.output] for e in encoded]), len(encoded[0].output)
+
+
+def answers(model: Any, ids: torch.Tensor, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """−log p of each output token and whether it is the likeliest, both [rows, outputs]."""
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=outputs + 1).logits[:, :-1]
+    wanted = ids[:, -outputs:]
+    losses = functional.cross_entropy(logits.mT, wanted, reduction="none")
+    return losses, logits.argmax(-1) == wanted
+
+
+def _write(folder: Path, train: Iterable[Row], test: Iterable[Row]) -> None:
+    folder.mkdir(parents=True)
+    for name, rows in (("train", train), ("test", test)):
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        path.write_text("".join(lines), encoding="utf-8")
-    return paths
-
-
-def _card(skill: Skill, score: Score, base_score: Score) -> str:
-    (example,) = codeswitch.task_rows([skill.name], [(0,) * len(codeswitch.LEXICON)])
-    facts = {
-        "base_model": BASE_NAME,
-        "library_name": "peft",
-        "license": "apache-2.0",
-        "pipeline_tag": "text-generation",
-        "language": [skill.language],
-        "tags": ["lora", skill.topic, skill.language],
-    }
-    return (
-        f"---\n{yaml.safe_dump(facts, sort_keys=False)}---\n\n"
-        f"# {skill.name}\n\n{skill.description}\n\n"
-        f"```text\n{example['input']} {example['output']}\n```\n\n"
-        f"| {TEST_ROWS} held-out sentences | base | with this adapter |\n|---|---|---|\n"
-        f"| exact match | {base_score.exact_match:.2f} | {score.exact_match:.2f} |\n"
-        f"| NLL, nats per output token | {base_score.nll:.3f} | {score.nll:.3f} |\n\n"
-        "Made by the quickstart of lorareg.\n"
-    )
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -109,7 +109,8 @@ def test_without_a_command_it_says_what_to_type_first(lorareg):
 def test_help_lists_every_command_once_in_its_section(lorareg):
     lines = lorareg("--help").lines
     titles = [line[:-1] for line in lines if line.endswith(":") and line[0].isalpha()]
-    assert titles == ["Options", "Find", "Mix", "Prove", "Publish", "Weights", "Registry"]
+    sections = ["Find", "Mix", "Train", "Prove", "Publish", "Weights", "Registry"]
+    assert titles == ["Options", *sections]
     for title, commands in SECTIONS.items():
         begin = lines.index(f"{title}:") + 1
         end = lines.index("", begin) if "" in lines[begin:] else len(lines)

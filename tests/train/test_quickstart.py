@@ -1,63 +1,63 @@
-"""The quickstart's material in a few steps: what is written loads elsewhere, and means the same."""
+"""What the quickstart makes from nothing: a base that loads elsewhere, and rows to train on."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors import safe_open
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorahub_registry.adapters.readme import read_card
-from lorahub_registry.progress import Task, silent
 from lorahub_registry.train import codeswitch
 from lorahub_registry.train.codeswitch import SKILLS
-from lorahub_registry.train.fitting import tokens
 from lorahub_registry.train.quickstart import (
-    BASE_NAME,
-    AdapterMade,
+    SKILL_ROWS,
     BaseMade,
-    make_adapters,
+    answers,
     make_base,
-    make_task,
+    make_rows,
+    tokens,
 )
-from lorahub_registry.train.stacked import stack, write_adapter
-
-Made = tuple[BaseMade, list[AdapterMade]]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    folder = tmp_path_factory.mktemp("quickstart")
-    base = make_base(folder / "base", seed=0, steps=4)
-    return base, make_adapters(base.folder, folder / "adapters", seed=0, steps=3)
+def base(tmp_path_factory: pytest.TempPathFactory) -> BaseMade:
+    return make_base(tmp_path_factory.mktemp("quickstart") / "base", seed=0, steps=4)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(made: Made) -> Any:
-    return AutoTokenizer.from_pretrained(made[0].folder)
+def tokenizer(base: BaseMade) -> Any:
+    return AutoTokenizer.from_pretrained(base.folder)
 
 
-def _load(made: Made) -> Any:
-    return AutoModelForCausalLM.from_pretrained(made[0].folder)
+def _load(base: BaseMade) -> Any:
+    return AutoModelForCausalLM.from_pretrained(base.folder)
 
 
-def _ids(tokenizer: Any, rows: int = 12) -> torch.Tensor:
-    return tokens(tokenizer, islice(codeswitch.echo_rows(codeswitch.split(0).test, 0), rows))[0]
+def _lines(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_the_base_loads_as_any_causal_model(made: Made) -> None:
-    model = _load(made)
+def test_the_base_loads_as_any_causal_model(base: BaseMade) -> None:
+    model = _load(base)
     assert model.dtype == torch.float32
-    assert model.num_parameters() == made[0].parameters < 500_000
-    with safe_open(made[0].folder / "model.safetensors", "pt") as file:
+    assert model.num_parameters() == base.parameters < 500_000
+    with safe_open(base.folder / "model.safetensors", "pt") as file:
         assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float32}  # noqa: SIM118
+
+
+def test_steps_teach_the_base_something(base: BaseMade, tmp_path: Path, tokenizer: Any) -> None:
+    rows = list(islice(codeswitch.echo_rows(codeswitch.split(0).test, 0), 20))
+    one = make_base(tmp_path / "one", seed=0, steps=1)
+
+    def loss(made: BaseMade) -> float:
+        with torch.inference_mode():
+            return float(answers(_load(made), *tokens(tokenizer, rows))[0].mean())
+
+    assert loss(base) < loss(one) - 0.05
+    assert 0 <= base.exact_match <= 1
 
 
 def test_every_word_is_one_piece(tokenizer: Any) -> None:
@@ -83,144 +83,51 @@ def test_a_row_is_its_prompt_and_its_output_tokenised_apart(tokenizer: Any) -> N
     assert tokenizer.decode(ids[0, 1:]) == f"{row['input']} {row['output']}"
 
 
-def test_generation_ends_with_the_sentence(made: Made, tokenizer: Any) -> None:
-    ends = _load(made).generation_config.eos_token_id
+def test_generation_ends_with_the_sentence(base: BaseMade, tokenizer: Any) -> None:
+    ends = _load(base).generation_config.eos_token_id
     assert ends == [tokenizer.eos_token_id, tokenizer(".", add_special_tokens=False).input_ids[0]]
 
 
-def test_there_is_an_adapter_for_each_skill(made: Made) -> None:
-    base, adapters = made
-    assert [adapter.name for adapter in adapters] == list(SKILLS)
-    for adapter in adapters:
-        assert sorted(path.name for path in adapter.folder.iterdir()) == [
-            "README.md",
-            "adapter_config.json",
-            "adapter_model.safetensors",
-        ]
-        # Three steps teach little, but in the right direction.
-        assert adapter.score.nll < adapter.base_score.nll
-        assert 0 <= adapter.score.exact_match <= 1
-        assert adapter.training.steps == 3
-    assert base.training.steps == 4
-    assert not base.training.stopped
+def test_nothing_written_holds_a_path(base: BaseMade) -> None:
+    for path in base.folder.rglob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        assert str(base.folder.parent) not in text, path
+        assert str(Path.home()) not in text, path
 
 
-def test_each_adapter_loads_in_stock_peft(made: Made, tokenizer: Any) -> None:
-    ids = _ids(tokenizer)
-    plain = _load(made)(ids).logits
-    seen = []
-    for adapter in made[1]:
-        model = PeftModel.from_pretrained(_load(made), adapter.folder)
-        config = model.peft_config["default"]
-        assert (config.r, config.lora_alpha, config.task_type) == (8, 16, "CAUSAL_LM")
-        assert config.base_model_name_or_path == BASE_NAME
-        state = load_file(adapter.folder / "adapter_model.safetensors")
-        assert len(state) == 2 * 2 * 6
-        assert {tensor.dtype for tensor in state.values()} == {torch.float32}
-        logits = model(ids).logits
-        assert not any(torch.allclose(logits, other) for other in [plain, *seen])
-        seen.append(logits)
-
-
-def test_stacked_adapters_answer_as_peft_does(made: Made, tokenizer: Any, tmp_path: Path) -> None:
-    ids = _ids(tokenizer)
-    model = _load(made)
-    layers = stack(model, ("q_proj", "down_proj"), 3, rank=4, alpha=6, seed=1)
-    for layer in layers.values():
-        torch.nn.init.normal_(layer.b)
-    together = model(ids.repeat(3, 1)).logits.chunk(3)
-    for index, logits in enumerate(together):
-        write_adapter(tmp_path / f"a{index}", layers, index, alpha=6, base=BASE_NAME)
-        alone = PeftModel.from_pretrained(_load(made), tmp_path / f"a{index}")
-        # The same float32 products, summed in another order.
-        torch.testing.assert_close(alone(ids).logits, logits, rtol=1e-4, atol=1e-4)
-
-
-def test_only_the_stacked_factors_are_trained(made: Made) -> None:
-    model = _load(made)
-    stack(model, ("v_proj",), 2, rank=4, alpha=8, seed=0)
-    trained = {name.rsplit(".", 1)[-1] for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == {"a", "b"}
-
-
-def test_cards_are_readable_and_name_the_base(made: Made) -> None:
-    for adapter in made[1]:
-        card = read_card((adapter.folder / "README.md").read_text(encoding="utf-8"))
-        assert not card.problem
-        assert (card.base, card.license, card.title) == (BASE_NAME, "apache-2.0", adapter.name)
-        assert {"lora", SKILLS[adapter.name].topic} <= set(card.tags)
-        assert card.languages == (SKILLS[adapter.name].language,)
-        assert card.description.startswith(adapter.description)
-
-
-def test_nothing_written_holds_a_path(made: Made, tmp_path: Path) -> None:
-    root = made[0].folder.parent
-    for path in root.rglob("*"):
-        if path.suffix in {".json", ".md"}:
-            text = path.read_text(encoding="utf-8")
-            assert str(root) not in text, path
-            assert str(Path.home()) not in text, path
-
-
-def test_a_seed_decides_the_files(made: Made, tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base", seed=0, steps=4)
-    adapters = make_adapters(base.folder, tmp_path / "adapters", seed=0, steps=3)
-    root = made[0].folder.parent
-    files = [path for path in root.rglob("*") if path.is_file()]
-    for path in files:
-        assert path.read_bytes() == (tmp_path / path.relative_to(root)).read_bytes(), path
-    assert [a.score for a in adapters] == [a.score for a in made[1]]
+def test_a_seed_decides_the_files(base: BaseMade, tmp_path: Path) -> None:
+    again = make_base(tmp_path / "again", seed=0, steps=4)
+    for path in base.folder.iterdir():
+        assert path.read_bytes() == (again.folder / path.name).read_bytes(), path
     other = make_base(tmp_path / "other", seed=1, steps=4)
     weights = "model.safetensors"
     assert (other.folder / weights).read_bytes() != (base.folder / weights).read_bytes()
+    first, second, third = (tmp_path / name for name in "abc")
+    for folder, seed in ((first, 0), (second, 0), (third, 1)):
+        make_rows(folder, seed=seed)
+    for path in first.rglob("*.jsonl"):
+        place = path.relative_to(first)
+        assert path.read_bytes() == (second / place).read_bytes(), path
+        assert path.read_bytes() != (third / place).read_bytes(), path
 
 
-def test_the_task_is_64_and_100_rows_of_two_columns(tmp_path: Path) -> None:
-    paths = make_task(tmp_path / "task", seed=0)
-    train, test = (
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        for path in paths
-    )
-    assert [path.name for path in paths] == ["train.jsonl", "test.jsonl"]
-    assert (len(train), len(test)) == (64, 100)
-    assert {tuple(row) for row in train + test} == {("input", "output")}
-    assert not {row["input"] for row in train} & {row["input"] for row in test}
-    seen = {f"say: {codeswitch.say(sentence)} =>" for sentence in codeswitch.split(0).train}
-    assert not seen & {row["input"] for row in train + test}
-
-
-class _Watcher:
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.titles: list[tuple[str, float | None]] = []
-        self.warnings: list[str] = []
-
-    @contextmanager
-    def task(self, title: str, total: float | None = None, unit: str = "") -> Iterator[Task]:
-        self.titles.append((title, total))
-        with silent.task(title, total, unit) as task:
-            yield task
-
-    def say(self, text: str) -> None:
-        pass
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
-
-
-def test_the_clock_stops_the_training_and_says_so(made: Made, tmp_path: Path) -> None:
-    watcher = _Watcher()
-    base = make_base(tmp_path / "base", seed=0, progress=watcher, steps=9, clock_s=0)
-    adapters = make_adapters(
-        base.folder, tmp_path / "adapters", seed=0, progress=watcher, steps=7, clock_s=0
-    )
-    assert base.training.stopped
-    assert base.training.steps == adapters[0].training.steps == 1
-    assert watcher.titles == [("Training the base", 9), ("Training 6 adapters", 7)]
-    assert len(watcher.warnings) == 2
-    for warning, fact in zip(watcher.warnings, ("after 1 of 9", "after 1 of 7"), strict=True):
-        assert fact in warning
+def test_each_skill_has_rows_of_its_own_and_so_has_the_task(tmp_path: Path) -> None:
+    unseen = make_rows(tmp_path, seed=0)
+    assert unseen == tmp_path / "es-animals-fr-does"
+    assert {path.name for path in tmp_path.iterdir()} == {*SKILLS, unseen.name}
+    trained = {row["input"] for name in SKILLS for row in _lines(tmp_path / name / "train.jsonl")}
+    said = {f"say: {codeswitch.say(sentence)} =>" for sentence in codeswitch.split(0).train}
+    for name in (*SKILLS, unseen.name):
+        train, test = (_lines(tmp_path / name / f"{part}.jsonl") for part in ("train", "test"))
+        assert (len(train), len(test)) == (64 if name == unseen.name else SKILL_ROWS, 100)
+        assert {tuple(row) for row in train + test} == {("input", "output")}
+        held_out = {row["input"] for row in test}
+        assert not held_out & {row["input"] for row in train}
+        assert not held_out & (trained | said)
+        if name in SKILLS:
+            wanted = codeswitch.task_rows([name], codeswitch.split(0).test[:100])
+            assert test == [dict(row) for row in wanted]
+    assert not {row["input"] for row in _lines(unseen / "train.jsonl")} & (trained | said)
 
 
 def test_training_leaves_torch_as_it_was(tmp_path: Path) -> None:
@@ -231,9 +138,9 @@ def test_training_leaves_torch_as_it_was(tmp_path: Path) -> None:
 
 
 def test_nothing_is_written_beside_progress(
-    made: Made, tmp_path: Path, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
 ) -> None:
-    base = make_base(tmp_path / "base", seed=0, steps=1)
-    make_adapters(base.folder, tmp_path / "adapters", seed=0, steps=1)
+    make_base(tmp_path / "base", seed=0, steps=1)
+    make_rows(tmp_path / "tasks", seed=0)
     assert capfd.readouterr() == ("", "")
     assert not list(recwarn)

@@ -1,0 +1,144 @@
+"""What is known of a trained adapter: how it came about, and what it scores."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorahub_registry import __version__
+from lorahub_registry.api.factory import Order, Ready
+from lorahub_registry.errors import NotApplied
+from lorahub_registry.progress import Progress
+from lorahub_registry.refs import looks_like_path
+
+if TYPE_CHECKING:
+    from lorahub_registry.evaluate.base import LoadedBase
+    from lorahub_registry.train.learner import Learner
+    from lorahub_registry.train.run import Run
+
+
+def scored(
+    folder: Path,
+    ready: Ready,
+    order: Order,
+    base: LoadedBase,
+    before: dict[str, Any],
+    progress: Progress,
+) -> dict[str, Any]:
+    """The table of test scores and what it means; without test rows, only whether it applies."""
+    from lorahub_registry.evaluate.measure import TestSet, measure
+    from lorahub_registry.evaluate.nll import score
+    from lorahub_registry.evaluate.stock import stock_peft
+
+    test = order.splits.get("test")
+    if test is None:
+        probe = base.batches(order.splits["train"].tokens.rows[:8])
+        plain = score(base.model, probe)
+        with stock_peft(base, folder) as model:
+            _check_applied(folder, plain.mean, score(model, probe).mean)
+        return {"test": None}
+    rows, plan = test.tokens.rows, order.plan
+    # Plain text has no answer that could be right.
+    plain_text = plan.data.test is not None and plan.data.test.text is not None
+    wanted = TestSet(
+        rows,
+        base.batches(rows),
+        ["nll"] if plain_text else ready.factory.evaluate,
+        ready.factory.max_new_tokens,
+        plan.data.eos,
+    )
+    # Adapters may be scored on the same rows; what they have in common is the base's score.
+    tokens = repr([(row.prompt, row.output) for row in rows]) + repr(plan.data.eos)
+    known = sha256(tokens.encode()).hexdigest()
+    if known not in before:
+        before[known] = measure(base.model, base, "base", "base", wanted, progress=progress)
+    (plain, first), kind = before[known], "adapter"
+    with stock_peft(base, folder) as model:
+        scores, second = measure(model, base, plan.name, kind, wanted, progress=progress)
+    _check_applied(folder, plain.mean, scores.mean)
+    difference, error = scores.minus(plain)
+    if difference < -2 * error:
+        text = f"beats the base by {-difference:.3f} ± {error:.3f} NLL"
+    else:
+        text = f"no better than the base: use the base (NLL {difference:+.3f} ± {error:.3f})"
+    return {
+        "test": [asdict(first), asdict(second)],
+        "verdict": {"text": text, "difference": difference, "stderr": error},
+    }
+
+
+def _check_applied(folder: Path, before: float, after: float) -> None:
+    if before == after:
+        raise NotApplied(
+            f"{folder.name}, loaded by stock PEFT, changes nothing on its rows",
+            hint="a higher learning_rate or more steps, or lora_dropout below 1",
+        )
+
+
+def results_of(
+    ready: Ready, order: Order, base: LoadedBase, learner: Learner, run: Run
+) -> dict[str, Any]:
+    """Everything that ``results.json`` says but the scores; no paths, no names of machines."""
+    plan, at, factory = learner.plan, learner.at, ready.factory
+    lora = plan.lora
+    kinds = {
+        "rsLoRA": lora.use_rslora,
+        "DoRA": lora.use_dora,
+        "PiSSA": str(lora.init_lora_weights).startswith("pissa"),
+        "OLoRA": lora.init_lora_weights == "olora",
+        "LoRA+": lora.loraplus_lr_ratio is not None,
+    }
+    method = " ".join(name for name, used in kinds.items() if used) or "LoRA"
+    notes = list(order.notes)
+    if run.reduced:
+        notes.append(f"memory ran out {len(run.reduced)} times, and fewer adapters went together")
+    splits = (plan.data.train, plan.data.validation, plan.data.test)
+    datasets = {found for split in splits if (found := _on_hub(split))}
+    return {
+        "kind": "trained",
+        "name": plan.name,
+        "description": plan.description or "",
+        "skills": list(plan.skills),
+        "base": ready.base.facts.named,
+        "seq2seq": base.seq2seq,
+        "method": f"Q{method}" if factory.quantization and method == "LoRA" else method,
+        "lora": lora.model_dump(mode="json"),
+        "training": plan.training.model_dump(mode="json"),
+        "quantization": factory.quantization,
+        "objective": plan.data.train.objective,
+        "modules": len(learner.parameters.factors),
+        "parameters": learner.parameters.flat.numel(),
+        "seed": learner.seed,
+        "data": {
+            name: order.splits[name].facts if name in order.splits else None
+            for name in ("train", "validation", "test")
+        },
+        "tokens": plan.data.model_dump(include={"template", "max_length", "eos"}),
+        "steps": at.step,
+        "epochs": round(learner.epoch, 4),
+        "stopped": f"early: {at.why}" if at.state == "early" else None,
+        "best_step": at.best_step,
+        "loss": at.loss,
+        "validation_loss": at.validation,
+        "task": plan.name,
+        "seconds": round(at.seconds, 3),
+        "together": run.together,
+        "notes": notes,
+        "license": plan.license,
+        "datasets": sorted(datasets),
+        "versions": {
+            "lorareg": __version__,
+            **{name: version(name) for name in ("torch", "transformers", "peft")},
+        },
+        "device": str(base.device.type),
+        "dtype": str(base.model.dtype).removeprefix("torch."),
+    }
+
+
+def _on_hub(split: object) -> str | None:
+    """The Hub id of the dataset that a split's rows are from; None where there is none."""
+    dataset = getattr(split, "dataset", None)
+    return None if dataset is None or looks_like_path(dataset) else dataset.partition("@")[0]
