@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorahub_registry.adapters.base_files import BaseFacts, base_digest, base_stamp, read_base
+from lorahub_registry.adapters.config import CONFIG_NAME
 from lorahub_registry.adapters.tensors import file_sha256
 from lorahub_registry.errors import AmbiguousRef, BaseModelError
 from lorahub_registry.progress import Progress, silent
@@ -58,7 +59,8 @@ def resolve_base(
         HubError: the Hub has none of that name, or cannot be reached.
     """
     folder = expand(text, beside=beside)
-    if looks_like_path(text) or (folder / "config.json").is_file():
+    here = any((folder / name).is_file() for name in ("config.json", CONFIG_NAME))
+    if looks_like_path(text) or here:
         return ResolvedBase(_facts(folder, None, None, registry, hashed, progress), folder, True)
     name, _, revision = text.partition("@")
     if "/" not in name:

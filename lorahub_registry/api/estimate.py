@@ -32,6 +32,8 @@ def plan_factory(
         LoraregError: whatever would stop the run.
     """
     ready = prepare_factory(factory, registry=registry, force=True, progress=progress)
+    if ready.out.is_dir() and any(ready.out.iterdir()):
+        progress.warn(f"{ready.out} exists: the run will need --force, which replaces it")
     return estimate(ready, max_together=max_together)
 
 

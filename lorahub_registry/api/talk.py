@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from lorahub_registry.adapters.compat import Member, check_base, check_sum, chec
 from lorahub_registry.adapters.facts import read_facts
 from lorahub_registry.api.bases import ResolvedBase, base_of
 from lorahub_registry.card import FACTORY_NAME, RECIPE_NAME, RESULTS_NAME, read_results
-from lorahub_registry.errors import UnknownRef, UsageError
+from lorahub_registry.errors import IncompatibleAdapters, UnknownRef, UsageError
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.refs import expand, looks_like_path
 from lorahub_registry.registry.index import record_of_folder
@@ -119,8 +120,6 @@ def generate(
         IncompatibleAdapters: one of them was made for another base.
     """
     from lorahub_registry.evaluate.quiet import threads_for
-    from lorahub_registry.runtime.apply import applied
-    from lorahub_registry.weights.files import load_deltas
 
     folder, record = _record(ref, registry)
     names = [record.name]
@@ -133,7 +132,8 @@ def generate(
     if len(set(names)) < len(names):
         raise UsageError(f"{max(names, key=names.count)!r} is named twice")
     present = [m for m in members if m is not None]
-    check_sum(present)
+    for each in present:
+        check_weights(each)
     found = base_of(record, base, registry=registry, progress=progress)
     for passed in check_base(present, found.facts, allow=base is not None):
         progress.warn(passed)
@@ -145,14 +145,33 @@ def generate(
         progress.task("Generating", len(texts) * len(names), "answer") as task,
     ):
         for name, member in zip(names, members, strict=True):
-            deltas = load_deltas(member.folder, member.facts) if member else {}
-            with applied(loaded.model, deltas):
+            with _with(loaded, member) as model:
                 for answer, text in zip(answers, texts, strict=True):
                     answer[name] = _answer(
-                        loaded, loaded.model, prompt, text, max_new_tokens, temperature, seed
+                        loaded, model, prompt, text, max_new_tokens, temperature, seed
                     )
                     task.advance()
     return answers
+
+
+@contextmanager
+def _with(base: LoadedBase, member: Member | None) -> Iterator[Any]:
+    """The base with one adapter; what is no delta (DoRA, whole modules) is PEFT's to apply."""
+    from lorahub_registry.evaluate.stock import stock_peft
+    from lorahub_registry.runtime.apply import applied
+    from lorahub_registry.weights.files import load_deltas
+
+    if member is None:
+        yield base.model
+        return
+    try:
+        check_sum([member])
+    except IncompatibleAdapters:
+        with stock_peft(base, member.folder) as model:
+            yield model
+        return
+    with applied(base.model, load_deltas(member.folder, member.facts)):
+        yield base.model
 
 
 def _answer(

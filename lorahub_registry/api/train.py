@@ -12,7 +12,7 @@ from lorahub_registry.api.estimate import estimate, in_words
 from lorahub_registry.api.factory import Ready, prepare_factory
 from lorahub_registry.api.output import report_head, resumable, write_report
 from lorahub_registry.api.papers import enter, write_papers
-from lorahub_registry.api.trained import results_of, scored
+from lorahub_registry.api.trained import results_of, risen, scored
 from lorahub_registry.api.unfinished import agree, board_writer, logs, sign
 from lorahub_registry.card import LOG_NAME
 from lorahub_registry.errors import DataError, NotApplied, OutputError
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from lorahub_registry.train.run import Run
 
 _CHECKPOINT = ".checkpoint"
+_RECORD = (
+    "# How this adapter was trained; local files and a local base have only their names here.\n"
+)
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,8 @@ def train(
             with progress.task("Writing and scoring", len(made), "adapter") as task:
                 for learner in made:
                     name = learner.plan.name
+                    for note in risen(learner.at.loss):
+                        progress.warn(f"{name}: {note}")
                     task.describe(name)
                     try:
                         results[name] = _write(
@@ -339,13 +344,14 @@ def _write(
     found = results_of(ready, order, base, learner, run)
     found |= scored(folder, ready, order, base, before, progress)
     one = _one(ready, learner.plan.name)
+    text = _RECORD + factory_yaml(one)
     lock = Lock(
         recipe=factory_digest(one),
         base=Pin(base.name, base.revision, digest=ready.base.facts.digest),
         adapters={},
         data={name: split.pin for name, split in order.splits.items()},
     )
-    return write_papers(folder, found, factory_yaml(one), lock)
+    return write_papers(folder, found, text, lock)
 
 
 def _one(ready: Ready, name: str) -> Any:

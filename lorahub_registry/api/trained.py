@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lorahub_registry import __version__
@@ -78,6 +80,17 @@ def _check_applied(folder: Path, before: float, after: float) -> None:
         )
 
 
+def risen(loss: Sequence[tuple[int, float]]) -> list[str]:
+    """What to say of a training loss that is higher at the end than at the start."""
+    tenth = len(loss) // 10
+    if not tenth:
+        return []
+    first, last = (fmean(nll for _, nll in part) for part in (loss[:tenth], loss[-tenth:]))
+    if last <= 1.1 * first:
+        return []
+    return [f"the training loss rose from {first:.3f} to {last:.3f}: take a lower learning_rate"]
+
+
 def results_of(
     ready: Ready, order: Order, base: LoadedBase, learner: Learner, run: Run
 ) -> dict[str, Any]:
@@ -92,7 +105,7 @@ def results_of(
         "LoRA+": lora.loraplus_lr_ratio is not None,
     }
     method = " ".join(name for name, used in kinds.items() if used) or "LoRA"
-    notes = list(order.notes)
+    notes = [*order.notes, *risen(at.loss)]
     if run.reduced:
         notes.append(f"memory ran out {len(run.reduced)} times, and fewer adapters went together")
     splits = (plan.data.train, plan.data.validation, plan.data.test)

@@ -64,9 +64,20 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
             changed = [split for split, sha in new[name]["files"].items() if kept.get(split) != sha]
             found.append(f"{name}: its {' and '.join(changed) or 'data'} rows have changed")
         elif old[name] != new[name]:
-            keys = [k for k in new[name] if old[name].get(k) != new[name][k]]
-            found.append(f"{name}: other {' and '.join(keys)}")
+            found += [f"{name}: {change}" for change in _changes(old[name], new[name])]
     return found
+
+
+def _changes(old: Any, new: Any, path: str = "") -> list[str]:
+    """``training.max_steps was 200, is 150``, of everything that is another."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = sorted(old.keys() | new.keys())
+        return [
+            change
+            for key in keys
+            for change in _changes(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        ]
+    return [] if old == new else [f"{path} was {json.dumps(old)}, is {json.dumps(new)}"]
 
 
 class Logs:

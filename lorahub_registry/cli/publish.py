@@ -61,7 +61,7 @@ def push(
 @click.option("--repo", metavar="OWNER/REPO", help="The Hub id that it will have.")
 @with_output
 def card(place: str, repo: str | None, out: Output) -> None:
-    """Write the model card of a mixture or a trained adapter again, from its other files.
+    """Write an adapter's model card again, from its other files.
 
     \b
     Example:

@@ -80,7 +80,7 @@ def train(
         less = "a lower learning_rate or a longer warmup; " if blown else ""
         raise DataError(
             f"not made: {number} of {number + len(paths)} adapters: {each}",
-            hint=f"{less}the others are whole",
+            hint=f"{less}the others are whole: train this one again from a factory of its own",
         )
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from lorahub_registry.recipes.conflicts import Conflict, factory_conflicts
 from lorahub_registry.recipes.conflicts import Path as Keys
 from lorahub_registry.recipes.dump import RecipeDumper
-from lorahub_registry.recipes.factory import Factory, TrainSplit
+from lorahub_registry.recipes.factory import AdapterData, Factory, TrainSplit
 from lorahub_registry.recipes.fields import did_you_mean
 from lorahub_registry.recipes.load import (
     InFolder,
@@ -28,6 +28,7 @@ from lorahub_registry.recipes.load import (
 )
 from lorahub_registry.recipes.pin import last_part
 from lorahub_registry.recipes.problems import Grammar, got
+from lorahub_registry.recipes.training import LoraOptions, TrainingOptions
 from lorahub_registry.recipes.yamltext import Located
 
 SECTIONS = ("lora", "training", "data")
@@ -37,7 +38,15 @@ FACTORIES = Language(
     Factory,
     "factory",
     Grammar(
-        Factory, {("adapters", "*", "data", "validation"): {"file": TrainSplit, "share": None}}
+        Factory,
+        {("adapters", "*", "data", "validation"): {"file": TrainSplit, "share": None}},
+        {
+            "at the top": Factory,
+            "under lora": LoraOptions,
+            "under training": TrainingOptions,
+            "under data": AdapterData,
+        },
+        {Factory: ["defaults"]},
     ),
     factory_conflicts,
 )

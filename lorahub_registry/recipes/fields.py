@@ -38,6 +38,11 @@ _MEANT = {
     "fp16": "float16",
     "half": "float16",
     "fp32": "float32",
+    "rank": "r",
+    "per_device_train_batch_size": "batch_size",
+    "micro_batch_size": "batch_size",
+    "default": "defaults",
+    "lr": "learning_rate",
 }
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -24,10 +24,14 @@ class Grammar:
         model: of the whole file.
         labels: where a union puts a label of its own after the path, ``*`` standing for any
             index; and which model each label means (None: one value, no keys).
+        sections: in words where a key may have been meant to stand → the model there.
+        more: keys of a model that are gone once it is validated.
     """
 
     model: type[BaseModel]
     labels: Mapping[Path, Mapping[str, type[BaseModel] | None]]
+    sections: Mapping[str, type[BaseModel]] = field(default_factory=dict)
+    more: Mapping[type[BaseModel] | None, Sequence[str]] = field(default_factory=dict)
 
     def parts(self, loc: Path) -> Iterator[tuple[int | str, Mapping[str, Any] | None]]:
         """Each part of ``loc``, with what it may mean where it is a label."""
@@ -53,15 +57,18 @@ def problem(error: ErrorDetails, data: Any, grammar: Grammar = RECIPE) -> Confli
     loc = error["loc"]
     path = _path(loc, data, grammar)
     if error["type"] == "extra_forbidden":
-        return Conflict(path, _unknown_key(str(loc[-1]), _model_at(loc[:-1], grammar)))
+        return Conflict(path, _unknown_key(str(loc[-1]), _model_at(loc[:-1], grammar), grammar))
     if error["type"] in {"union_tag_invalid", "union_tag_not_found"}:
         return _unknown_method(path, error)
     say = _WORDS.get(error["type"])
     return Conflict(path, say(error) if say else error["msg"])
 
 
-def _unknown_key(key: str, model: type[BaseModel] | None) -> str:
-    known = list(model.model_fields) if model else []
+def _unknown_key(key: str, model: type[BaseModel] | None, grammar: Grammar) -> str:
+    known = [*(model.model_fields if model else ()), *grammar.more.get(model, ())]
+    places = [where for where, other in grammar.sections.items() if key in other.model_fields]
+    if places:
+        return f"unknown key; it stands {places[0]}"
     near = did_you_mean(key, known)
     return f"unknown key{near or ('; known here: ' + ', '.join(known) if known else '')}"
 

@@ -112,7 +112,7 @@ def read_file(split: SplitLike, *, seed: int, beside: Path | None = None) -> Row
     except FileNotFoundError:
         raise DataError(
             f"{name}: no such file ({path})",
-            hint="relative paths in a recipe count from the recipe's own folder",
+            hint="relative paths count from the folder of the file that names them",
         ) from None
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: not UTF-8 text (at byte {error.start})") from None

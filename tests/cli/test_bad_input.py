@@ -111,7 +111,7 @@ def test_a_data_file_that_is_not_there(lorareg, kitchen):
     data = {"train": {"path": "train.jsonl"}, "test": {"path": "gone.jsonl"}}
     said = _said(lorareg, kitchen, data=data)
     assert f"Error: gone.jsonl: no such file ({kitchen / 'gone.jsonl'})" in said
-    assert "Hint: relative paths in a recipe count from the recipe's own folder" in said
+    assert "Hint: relative paths count from the folder of the file that names them" in said
 
 
 @pytest.mark.parametrize(

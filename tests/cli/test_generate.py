@@ -36,6 +36,18 @@ def test_a_mixture_knows_its_base_and_its_template(lorareg, kitchen):
     assert own != other
 
 
+def test_what_no_sum_expresses_answers_through_peft(lorareg, kitchen):
+    import lorahub_registry as lr
+
+    for kind in ("dora", "modules_to_save"):
+        kitchen.lora(kind)
+        base = ("--base", "./tiny-llama", "--max-new-tokens", "6", "--json")
+        said = lorareg("generate", f"loras/{kind}", "ab cd", "--against", "base", *base)
+        answers = _answers(said)
+        loaded = lr.load(f"loras/{kind}", base="./tiny-llama")
+        assert answers["ab cd", kind] == loaded.generate("ab cd", max_new_tokens=6)
+
+
 def test_prompts_come_from_stdin_line_by_line(lorareg, kitchen):
     lorareg("add", "loras")
     done = lorareg("generate", "plain", "--base", "./tiny-llama", "--max-new-tokens", "2", "--json",

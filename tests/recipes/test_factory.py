@@ -141,7 +141,17 @@ def test_the_starts_are_peft_s(init: Any) -> None:
         (
             "r: 16,",
             "rank: 16,",
-            "line 12: adapters[0].lora.rank: unknown key; known here: r, lora_a",
+            "line 12: adapters[0].lora.rank: unknown key, did you mean 'r'?",
+        ),
+        (
+            "r: 16,",
+            "save_steps: 16,",
+            "line 12: adapters[0].lora.save_steps: unknown key; it stands at the top",
+        ),
+        (
+            "r: 16,",
+            "batch_size: 16,",
+            "line 12: adapters[0].lora.batch_size: unknown key; it stands under training",
         ),
         (
             "max_steps: 200",

@@ -140,7 +140,7 @@ def test_bad_rows_are_refused_with_file_and_line(
 def test_a_missing_file_says_where_it_was_looked_for(tmp_path: Path) -> None:
     error = refused(Split(path="absent.jsonl"), tmp_path)
     assert str(tmp_path / "absent.jsonl") in str(error)
-    assert "the recipe's own folder" in (error.hint or "")
+    assert "the folder of the file that names them" in (error.hint or "")
 
 
 def test_a_folder_is_no_file_of_rows(tmp_path: Path) -> None:
