@@ -26,7 +26,7 @@ from lorahub_registry.evaluate.tokens import Encoded
 from lorahub_registry.recipes.factory import Factory
 from lorahub_registry.recipes.factory_file import factory_from_mapping
 from lorahub_registry.train.learner import Learner
-from lorahub_registry.train.run import train
+from lorahub_registry.train.run import Run, train
 
 RANKS, ALPHA, RATES = (8, 16, 32, 64), 16, (2e-4, 5e-4, 1e-3)
 IGNORED = -100
@@ -174,13 +174,14 @@ class Ours:
 
     def __init__(self, base: LoadedBase, learners: Sequence[Learner]) -> None:
         self._base, self._learners = base, learners
+        self._run = Run()
         self.losses: dict[int, float] = {}
 
     def __call__(self, steps: int) -> None:
         """Every adapter takes so many steps."""
         for learner in self._learners:  # each turn is a whole run to ``train``
             learner.at.state, learner.total = "running", learner.at.step + steps
-        train(self._base, self._learners)
+        self._run = train(self._base, self._learners, run=self._run)
         self.losses = {learner.number: learner.at.loss[-1][1] for learner in self._learners}
 
 

@@ -80,11 +80,10 @@ class Passes:
         Raises:
             RowsMerged: one does not, and is none to train.
         """
-        row = Encoded([0], [0])
-        for learner in self._learners.values():
-            batch = one_batch([row, row], [0, 1], 0, self._base.device, seq2seq=self._base.seq2seq)
-            self._grouped.shares = [Share(learner.number, 0, 2)]
-            label_logits(self._base.model, batch, sliced=self._sliced)
+        rows = [Encoded([0], [0])] * len(self._learners)
+        batch = one_batch(rows, range(len(rows)), 0, self._base.device, seq2seq=self._base.seq2seq)
+        self._grouped.shares = [Share(number, n, n + 1) for n, number in enumerate(self._learners)]
+        label_logits(self._base.model, batch, sliced=self._sliced)
 
     @torch.no_grad()
     def validation(self, learner: Learner) -> float:
