@@ -48,7 +48,8 @@ def sign(folder: Path, key: Mapping[str, Any]) -> None:
     """Say in an unfinished run's folder what it is of."""
     place = folder / _KEY
     place.mkdir(exist_ok=True)
-    (place / "key.json").write_text(json.dumps(key), encoding="utf-8")
+    (place / "new").write_text(json.dumps(key), encoding="utf-8")
+    os.replace(place / "new", place / "key.json")
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

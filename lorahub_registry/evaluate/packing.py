@@ -131,8 +131,11 @@ def check_packing(base: LoadedBase) -> None:
                 token_losses(base.model, batch, sliced=sliced).sum() for batch in (alone, together)
             )
         gap = float((one - other).abs() / one)
-    except (RuntimeError, ValueError, TypeError, IndexError):
-        gap = float("inf")
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise BaseModelError(
+            f"{base.name} does not take packed rows: {error}",
+            hint="leave out packing; group_by_length saves padding, too",
+        ) from error
     if not gap < (1e-3 if base.exact_dtype else 5e-2):
         raise BaseModelError(
             f"{base.name} does not keep packed rows apart",

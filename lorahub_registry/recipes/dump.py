@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -12,7 +13,7 @@ from lorahub_registry.recipes.model import Recipe
 from lorahub_registry.recipes.yamltext import scalar
 
 
-class RecipeDumper(yaml.SafeDumper):
+class _Dumper(yaml.SafeDumper):
     """YAML without anchors, its texts quoted where a reader might take them for something else."""
 
     def ignore_aliases(self, data: Any) -> bool:
@@ -25,7 +26,7 @@ def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
-RecipeDumper.add_representer(str, _text)
+_Dumper.add_representer(str, _text)
 
 
 def plain(recipe: Recipe) -> dict[str, Any]:
@@ -38,9 +39,14 @@ def to_yaml(recipe: Recipe) -> str:
 
     :func:`~lorahub_registry.recipes.parse` of it equals ``recipe``.
     """
+    return dumped(plain(recipe))
+
+
+def dumped(data: Mapping[str, Any]) -> str:
+    """Plain data as YAML, in its own order."""
     return yaml.dump(
-        plain(recipe),
-        Dumper=RecipeDumper,
+        data,
+        Dumper=_Dumper,
         sort_keys=False,
         allow_unicode=True,
         default_flow_style=False,

@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from pydantic import BaseModel
 
 from lorahub_registry.recipes.conflicts import Conflict, factory_conflicts
 from lorahub_registry.recipes.conflicts import Path as Keys
-from lorahub_registry.recipes.dump import RecipeDumper
+from lorahub_registry.recipes.dump import dumped
 from lorahub_registry.recipes.factory import AdapterData, Factory, TrainSplit
 from lorahub_registry.recipes.fields import did_you_mean
 from lorahub_registry.recipes.load import (
@@ -110,14 +109,7 @@ def factory_from_mapping(data: Mapping[str, Any], *, source: str = "factory") ->
 
 def factory_yaml(factory: Factory) -> str:
     """``factory`` as YAML, every default written out; :func:`parse_factory` reads it back."""
-    return yaml.dump(
-        _plain(factory),
-        Dumper=RecipeDumper,
-        sort_keys=False,
-        allow_unicode=True,
-        default_flow_style=False,
-        width=100,
-    )
+    return dumped(_plain(factory))
 
 
 def factory_digest(factory: Factory) -> str:

@@ -10,11 +10,12 @@ import transformers as hf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorahub_registry.errors import DataError
+from lorahub_registry.errors import BaseModelError, DataError
 from lorahub_registry.evaluate.nll import keeps_logits, token_losses
-from lorahub_registry.evaluate.packing import mask_dtype, pack, packed_batch
+from lorahub_registry.evaluate.packing import check_packing, mask_dtype, pack, packed_batch
 from lorahub_registry.evaluate.tokens import IGNORED, Encoded, one_batch
 from tests import tiny
+from tests.train.making import base_of, llama
 
 
 def row(prompt: int, output: int, random: Random) -> Encoded:
@@ -145,3 +146,22 @@ def test_rows_in_packs_have_the_losses_that_they_have_alone(
 def test_rows_in_packs_have_the_losses_that_they_have_alone_on_a_trained_model(data: Path) -> None:
     model = hf.AutoModelForCausalLM.from_pretrained(data / "models" / "stories260k").eval()
     check(model, some(14, seed=3))
+
+
+def test_a_base_that_does_not_keep_packed_rows_apart_is_refused() -> None:
+    check_packing(base_of(llama()))
+    torch.manual_seed(0)
+    bloom = hf.BloomForCausalLM(hf.BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=2))
+    with pytest.raises(BaseModelError, match="tiny does not take packed rows: "):
+        check_packing(base_of(bloom.eval()))
+    forgetful = llama()
+    # One that makes its own mask and positions, whatever it is given.
+    forgetful.model.register_forward_pre_hook(
+        lambda module, args, given: (
+            args,
+            given | {"attention_mask": None, "position_ids": None},
+        ),
+        with_kwargs=True,
+    )
+    with pytest.raises(BaseModelError, match="tiny does not keep packed rows apart"):
+        check_packing(base_of(forgetful))
