@@ -50,15 +50,15 @@ DEFAULTS: common.Json = {
         "warmup_ratio": 0.05,
         "batch_size": 8,
         "group_by_length": True,
-        "max_steps": 80,
+        "max_steps": 40,
     },
     "data": {"max_length": 512},
 }
 OWN: dict[str, common.Json] = {
-    # Upper case is new to the base letter by letter: more of everything.
+    # Upper case is new to the base letter by letter: more steps, of fewer rows, and LoRA+.
     "upper": {
-        "lora": {"r": 16, "lora_alpha": 32},
-        "training": {"learning_rate": 1e-2, "max_steps": 200},
+        "lora": {"r": 16, "lora_alpha": 32, "loraplus_lr_ratio": 4},
+        "training": {"batch_size": 4, "max_steps": 290},
     },
 }
 Rows = list[dict[str, str]]

@@ -14,10 +14,16 @@ differ from the paper because it is so small: it needs a higher learning rate th
 2e-4 (``--learning-rate``), and prompts are cut to their last 96 tokens. With a real T5 give its
 name by ``--base``, and the paper's rate.
 
-On the templates of T0 that are the defaults here, five examples by ``lorahub`` gave a mixture no
-better than the best single adapter, forty by ``learn`` one that beats it by 0.07 ± 0.02 NLL. No
-adapter of so small a base understands the question: what is mixed is which answers are likely,
-and no way of answering was right more often than always saying No. It takes two minutes of CPU.
+On the templates of T0 that are the defaults here, five examples by ``lorahub`` gave a mixture that
+beats the best single adapter by 0.05 ± 0.01 NLL (0.794 to 0.845), forty by ``learn`` one that beats
+it by 0.08 ± 0.02 (0.764). No adapter of so small a base understands the question: what is mixed is
+which answers are likely, and none was right more often than always saying No (81.7%).
+
+At the published rate of 2e-4 the same five epochs teach this base next to nothing (each adapter
+ends at 5.4 to 6.5 NLL on its own task, from 6.6 to 7.9, and none answers anything rightly); over
+forty epochs (``--learning-rate 2e-4 --epochs 40``) they get to 0.5 to 5.3, where the default rate
+gets in five, and the mixtures to 1.002 and 0.962, the best single adapter being at 1.103. As it
+stands it takes 100 seconds of CPU; with forty epochs about five minutes.
 """
 
 from __future__ import annotations

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorahub_registry.api.bases import ResolvedBase, resolve_base
-from lorahub_registry.api.output import check_output
-from lorahub_registry.errors import BaseModelError, DataError
+from lorahub_registry.api.output import REPORT_NAME, check_output
+from lorahub_registry.errors import (
+    AmbiguousRef,
+    BaseModelError,
+    DataError,
+    OutputError,
+    UnknownRef,
+)
 from lorahub_registry.lock import Pin
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.recipes.factory import AdapterPlan, Factory
@@ -112,7 +120,14 @@ def prepare_factory(
     out = Path(os.path.realpath(file.resolve(wanted.output.path)))
     base = resolve_base(wanted.base, registry=registry, beside=file.folder, progress=progress)
     assert base.folder is not None
+    names = [plan.name for plan in wanted.adapters]
+    _check_entered(out, names, registry, force=force, progress=progress)
     check_output(out, force=force, made_of=[base.folder])
+    for name in names:
+        if _known(str(out / name), registry):
+            progress.say(f"{name}: the registry has {out / name} already; it will be replaced")
+        elif other := _known(name, registry):
+            progress.say(f"{name}: the registry has another adapter of that name, {other}")
     try:
         config = transformers.AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(base.folder, trust_remote_code=False)
@@ -133,12 +148,52 @@ def prepare_factory(
                 _order(plan, file.folder, tokenizer, text, base.facts.name, seq2seq, progress)
             )
             task.advance()
+    from lorahub_registry.train.apart import check_apart
+
+    each = {plan.name: plan.lora.target_modules for plan in wanted.adapters}
+    check_apart(config, each, seq2seq=seq2seq)
     if unknown := [plan.name for plan in wanted.adapters if plan.license is None]:
         progress.warn(
             f"the licence of {', '.join(unknown)} is unknown, and the unknown is not pushed: say "
             "license: … in the factory"
         )
     return Ready(file, base, tuple(orders), out, seq2seq, text.vocab_size)
+
+
+def _check_entered(
+    out: Path, names: list[str], registry: Registry, *, force: bool, progress: Progress
+) -> None:
+    """Whether an earlier run of these adapters was killed before they were in the registry.
+
+    Raises:
+        OutputError: it was; with ``force`` that is only told.
+    """
+    left = [name for name in _finished(out) if not _known(str(out / name), registry)]
+    if left and set(left) <= set(names):
+        what = f"{out} is finished, and the registry lacks {', '.join(left)} of it"
+        hint = f"lorareg add {shlex.quote(str(out))}"
+        if not force:
+            raise OutputError(what, hint=f"{hint} enters them; --force trains all of them again")
+        progress.warn(f"{what}: {hint} enters them")
+
+
+def _finished(out: Path) -> list[str]:
+    """The adapters of a run that came to its end; none where no run has written ``out``."""
+    try:
+        report = json.loads((out / REPORT_NAME).read_text("utf-8"))
+        return list(report["adapters"]) if report["command"] == "train" else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _known(ref: str, registry: Registry) -> str | None:
+    """What the registry calls it; None where it knows nothing of that name or at that place."""
+    try:
+        return registry.get(ref).ref
+    except UnknownRef:
+        return None
+    except AmbiguousRef as error:
+        return str(error)
 
 
 def _file(factory: str | Path | Mapping[str, Any] | FactoryFile) -> FactoryFile:

@@ -84,9 +84,13 @@ class Output:
 
     @contextmanager
     def task(self, title: str, total: float | None = None, unit: str = "") -> Iterator[Task]:
-        """A bar on the terminal; nothing where stderr is a file or a pipe, or in quiet format."""
+        """A bar on the terminal; nothing in quiet format.
+
+        Where stderr is a file or a pipe, work that counts steps says a line now and then.
+        """
         if self.format == "quiet" or not sys.stderr.isatty():
-            yield _Step()
+            told = self.format != "quiet" and unit == "step" and total
+            yield _Lines(self._line, title, total) if told and total else _Step()
             return
         first = self._bars is None
         if self._bars is None:
@@ -111,6 +115,25 @@ class _Step:
 
     def describe(self, text: str) -> None:
         pass
+
+
+class _Lines(_Step):
+    """A line after each tenth but the last, of which there is more to say than that it is over."""
+
+    def __init__(self, line: Callable[[str], None], title: str, total: float) -> None:
+        self._line, self._title, self._total = line, title, total
+        self._done, self._note = 0.0, ""
+
+    def advance(self, n: float = 1) -> None:
+        super().advance(n)
+        before, self._done = self._done, self._done + n
+        tenths = [int(10 * done / self._total) for done in (before, self._done)]
+        if tenths[0] < tenths[1] and self._done < self._total:
+            note = f", {self._note}" if self._note else ""
+            self._line(f"{self._title}: step {self._done:.0f} of {self._total:.0f}{note}")
+
+    def describe(self, text: str) -> None:
+        self._note = text
 
 
 class _Bar(_Step):

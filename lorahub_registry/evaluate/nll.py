@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn import functional
@@ -75,11 +76,22 @@ def label_logits(model: Any, batch: Batch, *, sliced: bool) -> torch.Tensor:
     if "labels" in batch.inputs:
         return model(**_without_labels(model, batch), use_cache=False).logits
     width = batch.inputs["input_ids"].shape[1]
-    if not sliced:
-        return model(**batch.inputs, use_cache=False).logits[:, batch.keep : width - 1]
-    # The last position predicts nothing that is known.
-    keep = torch.arange(batch.keep, width - 1, device=batch.labels.device)
-    return model(**batch.inputs, use_cache=False, logits_to_keep=keep).logits
+    with _reading(model, batch):
+        if not sliced:
+            return model(**batch.inputs, use_cache=False).logits[:, batch.keep : width - 1]
+        # The last position predicts nothing that is known.
+        keep = torch.arange(batch.keep, width - 1, device=batch.labels.device)
+        return model(**batch.inputs, use_cache=False, logits_to_keep=keep).logits
+
+
+def _reading(model: Any, batch: Batch) -> AbstractContextManager[None]:
+    """What decides by the prompt must not see the answer that it is scored on."""
+    if not hasattr(model, "reading"):
+        return nullcontext()
+    ids = batch.inputs["input_ids"]
+    prompts = batch.inputs.get("attention_mask", torch.ones_like(ids)).clone()
+    prompts[:, batch.keep + 1 :][batch.labels != IGNORED] = 0
+    return cast(AbstractContextManager[None], model.reading(prompts))
 
 
 def _without_labels(model: Any, batch: Batch) -> dict[str, torch.Tensor]:

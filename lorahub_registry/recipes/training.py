@@ -124,8 +124,8 @@ class LoraOptions(Strict):
         return isinstance(self.init_lora_weights, str) and self.init_lora_weights != "gaussian"
 
 
-class TrainingOptions(Strict):
-    """The adapter's run, as transformers' ``TrainingArguments`` names it where it does."""
+class RunOptions(Strict):
+    """A run of AdamW over rows, as transformers' ``TrainingArguments`` names it."""
 
     learning_rate: Float = Field(default=2e-4, gt=0, description="AdamW's, at its highest.")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
@@ -135,6 +135,9 @@ class TrainingOptions(Strict):
         default=0.0, ge=0, lt=1, description="Share of the steps over which it grows from zero."
     )
     weight_decay: Float = Field(default=0.0, ge=0, description="AdamW's, decoupled.")
+    adam_beta2: Float = Field(
+        default=0.999, gt=0, lt=1, description="How slowly AdamW forgets the gradients' squares."
+    )
     max_grad_norm: Float | None = Field(
         default=1.0, gt=0, description="Longer gradients are cut to this norm; null: they are not."
     )
@@ -155,6 +158,11 @@ class TrainingOptions(Strict):
     group_by_length: Bool = Field(
         default=False, description="Put rows of like length into one batch: less padding."
     )
+
+
+class TrainingOptions(RunOptions):
+    """An adapter's run."""
+
     packing: Bool = Field(
         default=False,
         description="Lay several rows into one of max_length, apart from each other (causal only).",

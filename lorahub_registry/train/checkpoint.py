@@ -42,6 +42,7 @@ def save(folder: Path, run: Run, learners: Sequence[Learner]) -> None:
         with part.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(part, folder / NAME)
+        _settle(folder)
     except (OSError, SafetensorError) as error:
         try:
             part.unlink(missing_ok=True)
@@ -51,6 +52,17 @@ def save(folder: Path, run: Run, learners: Sequence[Learner]) -> None:
             f"{folder / NAME}: the checkpoint cannot be written ({error})",
             hint="make room, and give the same command again: it goes on from the one before",
         ) from None
+
+
+def _settle(folder: Path) -> None:
+    """What was renamed in ``folder`` stays so, whatever happens to the machine."""
+    if os.name != "posix":
+        return  # folders cannot be opened there
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def restore(folder: Path, learners: Sequence[Learner]) -> Run | None:

@@ -19,7 +19,7 @@ from lorahub_registry.evaluate.tokens import Encoded
 from lorahub_registry.recipes.factory import AdapterPlan
 from lorahub_registry.recipes.training import TrainingOptions
 from lorahub_registry.runtime.grouped import seed_of
-from lorahub_registry.train.parameters import Parameters
+from lorahub_registry.train.parameters import Parameters, Trainable
 
 Item = tuple[Encoded, ...]
 """What takes one row of a batch: a row of the data, or several packed together."""
@@ -102,6 +102,7 @@ class Learner:
         seed: of its first A, its order of rows and its dropout.
         vocabulary: how many tokens the base knows.
         half: the base computes in float16: gradients are scaled up on their way.
+        parameters: what it trains; None: a fresh adapter as ``plan.lora`` has it.
     """
 
     def __init__(
@@ -115,10 +116,11 @@ class Learner:
         seed: int,
         vocabulary: int,
         half: bool = False,
+        parameters: Trainable | None = None,
     ) -> None:
         self.number, self.plan, self.seed = number, plan, seed
         self.items, self.validation = list(items), list(validation)
-        self.parameters = Parameters(model, plan.lora, seed)
+        self.parameters = parameters or Parameters(model, plan.lora, seed)
         self._half = half
         self.at = Progressed(scale=_SCALE if half else 1.0)
         self.best: torch.Tensor | None = None
@@ -224,7 +226,8 @@ class Learner:
         every = self._options.eval_steps or self.steps_per_epoch
         due = self.at.step % every == 0 or self.at.state == "done"
         seen = self.at.validation and self.at.validation[-1][0] == self.at.step
-        return bool(due and self.validation and self.at.step and not seen)
+        able = self.at.state != "failed"
+        return bool(able and due and self.validation and self.at.step and not seen)
 
     def validated(self, nll: float) -> None:
         """Take note of the validation rows' NLL after the step just taken; it may end the run."""
@@ -235,7 +238,8 @@ class Learner:
         known = [n for step, n in at.validation if step == at.best_step]
         if math.isfinite(nll) and (not known or nll < known[0] - options.early_stopping_threshold):
             at.best_step, at.waited = at.step, 0
-            self.best = self.parameters.flat.clone()
+            # In the machine's memory: the device's may be full.
+            self.best = self.parameters.flat.to("cpu", copy=True)
             return
         at.waited += 1
         if at.waited >= options.early_stopping_patience and at.state == "running":
@@ -314,4 +318,14 @@ class Learner:
                     "weight_decay": self._options.weight_decay,
                 }
             )
-        return torch.optim.AdamW(groups, lr=0.0, fused=True)
+        betas = 0.9, self._options.adam_beta2
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+        # AdamW would make these in its first step, and leave half a step where memory runs out.
+        for group in optimizer.param_groups:
+            value = group["params"][0]
+            optimizer.state[value] = {
+                "step": torch.zeros((), device=value.device),
+                "exp_avg": torch.zeros_like(value),
+                "exp_avg_sq": torch.zeros_like(value),
+            }
+        return optimizer

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -49,6 +49,15 @@ def targets(model: nn.Module, wanted: tuple[str, ...] | str) -> list[str]:
             )
         found |= caught
     return sorted(found)
+
+
+class Trainable(Protocol):
+    """What a learner trains; see :class:`Parameters` for the attributes."""
+
+    flat: torch.Tensor
+    grad: torch.Tensor
+    parts: dict[str, slice]
+    factors: dict[str, Factors]
 
 
 class Parameters:

@@ -17,11 +17,29 @@ from lorahub_registry.evaluate.base import LoadedBase
 from lorahub_registry.evaluate.nll import keeps_logits, label_logits, token_losses
 from lorahub_registry.evaluate.packing import mask_dtype, packed_batch
 from lorahub_registry.evaluate.tokens import Batch, Encoded, one_batch, tokens_that_fit
+from lorahub_registry.progress import Progress, silent
 from lorahub_registry.runtime.grouped import Grouped, Share
 from lorahub_registry.train.learner import Learner, Micro
 from lorahub_registry.train.loss import losses_over
+from lorahub_registry.train.scoring import Scoring, cut
 
 _CPU_TOKENS = 2048  # more in one pass bring nothing there, and take memory
+
+
+class Standing:
+    """The base computes with what is trained already: nothing is to be put on it.
+
+    Attributes:
+        shares: who owns which rows of the next forward.
+    """
+
+    shares: Sequence[Share] = ()
+
+    def __enter__(self) -> Standing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shares = ()
 
 
 class Passes:
@@ -33,8 +51,15 @@ class Passes:
         at: the first micro-batch of that one.
     """
 
-    def __init__(self, base: LoadedBase, grouped: Grouped, learners: Sequence[Learner]) -> None:
+    def __init__(
+        self,
+        base: LoadedBase,
+        grouped: Grouped | Standing,
+        learners: Sequence[Learner],
+        progress: Progress = silent,
+    ) -> None:
         self._base, self._grouped = base, grouped
+        self._scoring = Scoring(progress)
         self._learners = {learner.number: learner for learner in learners}
         self._sliced = keeps_logits(base.model)
         self._additive = mask_dtype(base.model)
@@ -87,12 +112,23 @@ class Passes:
 
     @torch.no_grad()
     def validation(self, learner: Learner) -> float:
-        """Mean NLL of the output tokens of a learner's validation rows, in nats."""
-        total = 0.0
-        for batch in self._base.batches(learner.validation, gradients=True):
-            self._grouped.shares = [Share(learner.number, 0, len(batch.rows))]
-            total += float(token_losses(self._base.model, batch, sliced=self._sliced).sum())
-        return total / sum(len(row.output) for row in learner.validation)
+        """Mean NLL of the output tokens of a learner's validation rows, in nats.
+
+        Raises:
+            NoMemory: one row alone does not fit.
+        """
+        batches = self._base.batches(learner.validation, gradients=True)
+
+        def total(parts: int) -> float:
+            found = 0.0
+            for batch in cut(batches, parts):
+                self._grouped.shares = [Share(learner.number, 0, len(batch.rows))]
+                found += float(token_losses(self._base.model, batch, sliced=self._sliced).sum())
+            return found
+
+        what, rows = f"validation rows of {learner.plan.name}", max(len(b.rows) for b in batches)
+        whole = self._scoring(what, rows, total)
+        return whole / sum(len(row.output) for row in learner.validation)
 
     def _batch(self, group: Sequence[Micro]) -> tuple[Batch, list[Share]]:
         items = [item for micro in group for item in micro.items]

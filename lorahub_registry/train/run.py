@@ -27,8 +27,10 @@ from lorahub_registry.runtime.grouped import Grouped
 from lorahub_registry.train.crew import Crew
 from lorahub_registry.train.dispatch import passes
 from lorahub_registry.train.learner import Learner, Micro
-from lorahub_registry.train.passes import Passes, checkpointing
+from lorahub_registry.train.passes import Passes, Standing, checkpointing
+from lorahub_registry.train.scoring import NoMemory
 
+_NO_MEMORY = -1.0
 _TRY_AGAIN = 50  # rounds after which more adapters go together again; each time twice as many
 
 
@@ -74,6 +76,7 @@ def train(
     run: Run | None = None,
     hooks: Hooks | None = None,
     crew: Crew | None = None,
+    standing: Grouped | Standing | None = None,
     progress: Progress = silent,
 ) -> Run:
     """Train all that still run to their ends.
@@ -84,13 +87,15 @@ def train(
         gradient_checkpointing: see :func:`~lorahub_registry.train.passes.checkpointing`.
         run: an earlier part of the same run, to go on from.
         crew: the processes that share the work; None: this one alone.
+        standing: what makes the base compute with the learners' parameters; None: the operator
+            of adapters.
     """
     run, hooks, crew = run or Run(), hooks or Hooks(), crew or Crew()
-    grouped = Grouped(base.model, [learner.parameters.factors for learner in learners])
+    grouped = standing or Grouped(base.model, [learner.parameters.factors for learner in learners])
     with ExitStack() as stack:
         stack.enter_context(checkpointing(base.model, gradient_checkpointing))
         stack.enter_context(grouped)
-        work = Passes(base, grouped, learners)
+        work = Passes(base, grouped, learners, progress)
         crew.check_same(run.rounds)
         if not run.rounds:
             work.probe()
@@ -100,6 +105,8 @@ def train(
             for learner in learners
             if learner.running
         }
+        for number, bar in bars.items():
+            bar.advance(learners[number].at.step)
         try:
             _rounds(learners, work, room, bars, run, hooks, crew)
         except KeyboardInterrupt:
@@ -113,7 +120,7 @@ def train(
 
 
 def _bar(learner: Learner, progress: Progress) -> Any:
-    return progress.task(learner.plan.name, learner.total - learner.at.step, "step")
+    return progress.task(learner.plan.name, learner.total, "step")
 
 
 def _rounds(
@@ -131,10 +138,13 @@ def _rounds(
         # Here, so that a run that goes on makes up for what an interrupt left out.
         for learner in learners:
             if learner.wants_validation:
-                nll = crew.leaders(partial(work.validation, learner))
+                nll = crew.leaders(partial(_validation, work, learner))
                 with undisturbed():
-                    learner.validated(nll)
-                    hooks.logged(learner, {"step": learner.at.step, "eval_nll": nll})
+                    if nll == _NO_MEMORY:
+                        learner.fail("memory does not hold one of its validation rows")
+                    else:
+                        learner.validated(nll)
+                        hooks.logged(learner, {"step": learner.at.step, "eval_nll": nll})
             if not learner.running and learner.number not in ended:
                 ended.add(learner.number)
                 hooks.finished(learner)
@@ -166,6 +176,14 @@ def _rounds(
             bars[learner.number].advance()
         if hooks.save_steps and run.rounds % hooks.save_steps == 0:
             hooks.save(run)
+
+
+def _validation(work: Passes, learner: Learner) -> float:
+    """What all processes go by: no NLL is negative."""
+    try:
+        return work.validation(learner)
+    except NoMemory:
+        return _NO_MEMORY
 
 
 def _told(learner: Learner, loss: float) -> str:

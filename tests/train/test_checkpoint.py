@@ -102,3 +102,17 @@ def test_adapters_may_change_places_between_two_parts_of_a_run(tmp_path):
     checkpoint.restore(tmp_path, again)
     assert torch.equal(again[0].parameters.flat, other.parameters.flat)
     assert again[1].at.loss == one.at.loss
+
+
+def test_a_checkpoint_s_new_name_is_on_the_disk_too(tmp_path, monkeypatch):
+    through, synced = os.fsync, []
+
+    def noted(handle):
+        there = (tmp_path / checkpoint.NAME).exists()
+        synced.append((os.path.samestat(os.fstat(handle), tmp_path.stat()), there))
+        through(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    checkpoint.save(tmp_path, Run(3), made(llama()))
+    # The file before it has its name, the folder after.
+    assert synced == [(False, False), (True, True)]
