@@ -1,4 +1,7 @@
-"""An adapter's folder on a loaded base, as stock PEFT loads it: what users will run is judged."""
+"""An adapter's folder on a loaded base, as PEFT loads it: what users will run is judged.
+
+A dynamic mixture is of a type of our own, which PEFT knows by ``lorahub_registry.runtime``.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,15 @@ from typing import Any
 
 from lorahub_registry.errors import NotApplied
 from lorahub_registry.evaluate.base import LoadedBase
+from lorahub_registry.runtime.fits import take_off
 
 
 @contextmanager
-def stock_peft(base: LoadedBase, folder: Path) -> Iterator[Any]:
+def stock_peft(base: LoadedBase, folder: Path, *, is_trainable: bool = False) -> Iterator[Any]:
     """The adapter in ``folder`` on the base, loaded by stock PEFT; taken off again afterwards.
+
+    Args:
+        is_trainable: whether what of it can be trained requires gradients.
 
     Raises:
         NotApplied: PEFT cannot load it, or did not find a tensor for every place.
@@ -25,7 +32,9 @@ def stock_peft(base: LoadedBase, folder: Path) -> Iterator[Any]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                wrapped = PeftModel.from_pretrained(base.model, str(folder))
+                wrapped = PeftModel.from_pretrained(
+                    base.model, str(folder), is_trainable=is_trainable
+                )
             except (RuntimeError, ValueError, KeyError, TypeError) as error:
                 said = " ".join(str(error).split())[:200]
                 raise NotApplied(f"{folder}: stock PEFT cannot load it: {said}") from error
@@ -41,6 +50,7 @@ def _unload(model: Any) -> None:
     """Put the base's own modules back, also where PEFT stopped half-way."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    take_off(model)
     tuned = [name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
     for name in tuned:
         model.set_submodule(name, model.get_submodule(name).get_base_layer())

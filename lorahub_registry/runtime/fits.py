@@ -1,0 +1,88 @@
+"""Whether a file's tensors fit a model that awaits them, and how to leave no trace if not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorahub_registry.adapters.facts import PREFIX
+from lorahub_registry.errors import BrokenAdapter, IncompatibleAdapters
+from lorahub_registry.runtime.layers import GateLayer, MixtureLayer
+
+
+def take_off(model: nn.Module, *, idle: bool = False) -> None:
+    """Rid a model's layers of their gates and hooks.
+
+    Args:
+        idle: only of those that no mixture needs any more.
+    """
+    for layer in list(model.modules()):
+        held = getattr(layer, "mixture", None)
+        if isinstance(held, GateLayer) and not (idle and held.mixtures):
+            held.remove()
+            del layer.mixture
+
+
+def withdraw(model: Any, adapter: str) -> None:
+    """Take a mixture that could not be loaded off a model again, with all that it brought."""
+    for module in list(model.modules()):
+        if isinstance(module, MixtureLayer | GateLayer) and adapter in module.mixtures:
+            module.delete_adapter(adapter)
+    take_off(model, idle=True)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, MixtureLayer) and not module.mixtures:
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, module.base_layer)
+    for holder in (model, getattr(model, "base_model", None)):
+        getattr(holder, "peft_config", {}).pop(adapter, None)
+
+
+def check_fits(
+    model: nn.Module, adapter: str, found: Mapping[str, torch.Tensor], where: str
+) -> None:
+    """Whether a file's tensors are those that the mixture wants on this base.
+
+    Args:
+        found: by their names in ``model``.
+        where: what to call the mixture.
+
+    Raises:
+        BrokenAdapter: one is missing.
+        IncompatibleAdapters: one has another shape, or no place here.
+    """
+    wanted: dict[str, torch.Size] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MixtureLayer | GateLayer):
+            for part in module.adapter_layer_names:
+                held = getattr(module, part)
+                if adapter in held:
+                    one = held[adapter]
+                    end = "" if isinstance(one, nn.Parameter) else ".weight"
+                    value = one if isinstance(one, nn.Parameter) else one.weight
+                    wanted[f"{name}.{part}.{adapter}{end}"] = value.shape
+    for key in sorted(found.keys() | wanted.keys()):
+        plain = key.removeprefix(PREFIX).removesuffix(f".{adapter}")
+        plain = plain.replace(f".{adapter}.weight", ".weight")
+        if key not in found:
+            raise BrokenAdapter(
+                f"{where}: has no {plain}",
+                hint="its file is not whole, or it was made for another base",
+            )
+        if key not in wanted:
+            raise IncompatibleAdapters(
+                f"{where}: holds {plain}, for which this base has no place",
+                hint="it was made for another base",
+            )
+        if found[key].shape != wanted[key]:
+            raise IncompatibleAdapters(
+                f"{where}: {plain} is {_shape(found[key].shape)}, and on this base it would be "
+                f"{_shape(wanted[key])}",
+                hint="it was made for another base",
+            )
+
+
+def _shape(sizes: torch.Size) -> str:
+    return "x".join(map(str, sizes))

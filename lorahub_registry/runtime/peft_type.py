@@ -1,0 +1,241 @@
+"""``LORA_MIXTURE``: a PEFT type of our own, for mixtures that decide as they run.
+
+Once this is imported, ``PeftModel.from_pretrained`` and transformers' ``load_adapter`` take such a
+folder as they take any. Without it PEFT does not know the type and says so: a dynamic mixture is
+never taken for the sum of its experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import register_peft_method
+from peft.utils.peft_types import PeftType
+from torch import nn
+
+from lorahub_registry.adapters.dynamic import (
+    PEFT_TYPE,
+    Dynamic,
+    PromptRouter,
+    parse_dynamic,
+)
+from lorahub_registry.errors import IncompatibleAdapters, LoraregError
+from lorahub_registry.runtime.fits import check_fits, take_off, withdraw
+from lorahub_registry.runtime.flow import BASE, Flow, mixed
+from lorahub_registry.runtime.layers import MERGE, GateLayer, MixtureLayer
+from lorahub_registry.runtime.mixture import Coefficients
+from lorahub_registry.runtime.operator import is_adaptable
+from lorahub_registry.runtime.places import layer_of, place_of, reader_of, width_of
+from lorahub_registry.weights.dynamic import check_dynamic
+
+
+def _member(name: str) -> PeftType:
+    """A member of PEFT's enum of types, which cannot be subclassed."""
+    if name in PeftType.__members__:
+        return PeftType[name]
+    made = str.__new__(PeftType, name)
+    made._name_, made._value_ = name, name
+    PeftType._member_map_[name] = made
+    PeftType._member_names_.append(name)
+    PeftType._value2member_map_[name] = made
+    type.__setattr__(PeftType, name, made)
+    return made
+
+
+LORA_MIXTURE = _member(PEFT_TYPE)
+
+
+@dataclass
+class MixtureConfig(PeftConfig):
+    """A dynamic mixture's ``adapter_config.json``.
+
+    Attributes:
+        target_modules: every module that any expert sits on, by its full name.
+        mixture: experts and router, see :mod:`lorahub_registry.adapters.dynamic`.
+    """
+
+    target_modules: set[str] | list[str] | str | None = field(
+        default=None, metadata={"help": "Every module that any expert sits on."}
+    )
+    mixture: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "The experts, and what chooses among them."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = LORA_MIXTURE
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+
+    @property
+    def dynamic(self) -> Dynamic:
+        """``mixture``, read and checked."""
+        return parse_dynamic(self.mixture, where="adapter_config.json")
+
+
+class MixtureModel(BaseTuner):
+    """The base with the experts of one or more mixtures beside its modules."""
+
+    prefix = "lora_"
+    tuner_layer_cls = (MixtureLayer, GateLayer)
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        self._flow = flow_of(model) or Flow()
+
+    def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's own; where it fails, the model is left as it was."""
+        self._dynamic = self.peft_config[adapter_name].dynamic
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            withdraw(model, adapter_name)
+            raise
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        frozen = bool(peft_config.inference_mode)
+        if not isinstance(target, MixtureLayer):
+            if not _takes_experts(target):
+                raise IncompatibleAdapters(
+                    f"{current_key} is a {type(target).__name__}: experts of a dynamic mixture sit "
+                    "on linear modules",
+                    hint="leave it out of the adapters' target_modules",
+                )
+            made = MixtureLayer(target, self._flow, current_key)
+            made.place = layer_of(current_key, self.model) or ""
+            self._replace_module(parent, target_name, made, target)
+            target = made
+        target.update_layer(adapter_name, self._dynamic, inference_mode=frozen)
+        router = self._dynamic.router
+        if router.site in {"layer", "prompt"}:
+            place = place_of(current_key, router, self.model)
+            self._hang(place, adapter_name, frozen=frozen)
+
+    def _hang(self, place: str, adapter: str, *, frozen: bool) -> None:
+        """See that the layer called ``place`` has a gate."""
+        layer: Any = self.model.get_submodule(place)
+        if not hasattr(layer, "mixture"):
+            layer.mixture = GateLayer(layer, self._flow, place, width_of(self.model))
+        if adapter not in layer.mixture.mixtures:
+            layer.mixture.update_layer(adapter, self._dynamic, inference_mode=frozen)
+        if isinstance(self._dynamic.router, PromptRouter):
+            layer.mixture.read_prompts(reader_of(self.model))
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        try:
+            where = f"mixture {adapter_name!r}"
+            check_dynamic(config.dynamic, state_dict, where=where)
+            found: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
+                model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+            )
+            check_fits(model, adapter_name, found, where)
+        except LoraregError:
+            withdraw(model, adapter_name)
+            raise
+        return found
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        names: Sequence[str] | None = kwargs.get("adapter_names")
+        known = {*self.peft_config, BASE}
+        if names is not None and (unknown := sorted(set(names) - known)):
+            raise ValueError(f"adapter_names: no adapter is called {', '.join(unknown)}")
+        with mixed(self._flow, names):
+            yield
+
+    @contextmanager
+    def coefficients(
+        self, c: Coefficients | torch.Tensor, adapter: str | None = None
+    ) -> Iterator[None]:
+        """Use these coefficients in the block, in place of what the router would choose.
+
+        Args:
+            c: [E] for all rows, or [rows, 1, E], one line for each row of the batches.
+            adapter: the mixture's name in this model; None: the active one.
+        """
+        name = adapter or self.active_adapters[0]
+        before = self._flow.given.get(name)
+        self._flow.given[name] = c if isinstance(c, Coefficients) else Coefficients(c)
+        try:
+            yield
+        finally:
+            if before is None:
+                del self._flow.given[name]
+            else:
+                self._flow.given[name] = before
+
+    @contextmanager
+    def reading(self, prompts: torch.Tensor) -> Iterator[None]:
+        """Let prompt routers in the block read these tokens only, where answers follow them.
+
+        Args:
+            prompts: [rows, positions], 1 at the tokens of prompts.
+        """
+        before, self._flow.prompts = self._flow.prompts, prompts
+        try:
+            yield
+        finally:
+            self._flow.prompts = before
+
+    @contextmanager
+    def watching(self, seen: Any) -> Iterator[None]:
+        """Call ``seen(adapter, module, coefficients)`` for modules that compute in the block."""
+        before, self._flow.watched = self._flow.watched, seen
+        try:
+            yield
+        finally:
+            self._flow.watched = before
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget one mixture; with the last one, its gates and hooks go."""
+        super().delete_adapter(adapter_name)
+        take_off(self.model, idle=True)
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(MERGE)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> Any:
+        if merge:
+            raise ValueError(MERGE)
+        take_off(self.model)
+        return super()._unload_and_optionally_merge(merge=False, **kwargs)
+
+
+def _takes_experts(module: nn.Module) -> bool:
+    """Whether it maps features to features: linear, in whatever form PEFT knows."""
+    if isinstance(module, nn.Embedding):
+        return False
+    return is_adaptable(module) or all(
+        isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features")
+    )
+
+
+def flow_of(model: nn.Module) -> Flow | None:
+    """What the mixture layers of ``model`` share; None where there are none."""
+    for module in model.modules():
+        if isinstance(module, MixtureLayer):
+            return module.flow
+    return None
+
+
+register_peft_method(
+    name=PEFT_TYPE.lower(), config_cls=MixtureConfig, model_cls=MixtureModel, prefix="lora_"
+)
