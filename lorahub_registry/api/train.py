@@ -12,7 +12,7 @@ from lorahub_registry.api.estimate import estimate, in_words
 from lorahub_registry.api.factory import Ready, prepare_factory
 from lorahub_registry.api.output import report_head, resumable, write_report
 from lorahub_registry.api.papers import enter, write_papers
-from lorahub_registry.api.trained import results_of, risen, scored
+from lorahub_registry.api.trained import ended, place_of, results_of, risen, scored
 from lorahub_registry.api.unfinished import agree, board_writer, logs, sign
 from lorahub_registry.card import LOG_NAME
 from lorahub_registry.errors import DataError, NotApplied, OutputError
@@ -147,6 +147,11 @@ def train(
                     task.advance()
             if not results:
                 raise _none(part, learners)
+            places = {
+                order.plan.name: place_of(ready, order, base, progress)
+                for order in ready.orders
+                if order.plan.name in results
+            }
         failed = {a.plan.name: a.at.why for a in learners if a.plan.name not in results}
         report = _report(ready, run, results, failed)
         write_report(part.folder, report)
@@ -161,6 +166,8 @@ def train(
         )
         for name, found in results.items()
     }
+    for name, stored in adapters.items():
+        adapters[name] = registry.put_centroid(stored.ref, places[name])
     return Trained(ready.out, adapters, results, failed, report)
 
 
@@ -216,14 +223,15 @@ def _learners(ready: Ready, base: LoadedBase) -> list[Learner]:
     import torch
 
     from lorahub_registry.train.learner import Learner, items_of
+    from lorahub_registry.train.scoring import holding
 
     learners = []
     for number, order in enumerate(ready.orders):
         plan = order.plan
         held_out = order.splits.get("validation")
         assert plan.training.seed is not None  # the factory's, where it has none of its own
-        learners.append(
-            Learner(
+        with holding(f"the base and {number + 1} of {len(ready.orders)} adapters"):
+            learner = Learner(
                 number,
                 plan,
                 base.model,
@@ -233,7 +241,7 @@ def _learners(ready: Ready, base: LoadedBase) -> list[Learner]:
                 vocabulary=ready.vocabulary,
                 half=base.model.dtype == torch.float16,
             )
-        )
+        learners.append(learner)
     return learners
 
 
@@ -280,6 +288,8 @@ def _run(
         def finished(learner: Learner) -> None:
             if learner.at.state in {"diverged", "failed"}:
                 progress.warn(f"{learner.plan.name}: stopped: {learner.at.why}; the others go on")
+            else:
+                progress.say(ended(learner))
 
         run = run_all(
             base,
@@ -328,8 +338,10 @@ def _write(
     progress: Progress,
 ) -> dict[str, Any]:
     """An adapter's folder, whole; what is scored is what stock PEFT loads from it."""
+    from lorahub_registry.train.parameters import Parameters
     from lorahub_registry.train.write import write_adapter
 
+    assert isinstance(learner.parameters, Parameters)
     order = ready.orders[learner.number]
     folder.mkdir(exist_ok=True)
     write_adapter(

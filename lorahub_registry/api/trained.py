@@ -11,15 +11,19 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lorahub_registry import __version__
+from lorahub_registry.api.centroids import centroid_of_rows
 from lorahub_registry.api.factory import Order, Ready
 from lorahub_registry.errors import NotApplied
 from lorahub_registry.progress import Progress
 from lorahub_registry.refs import looks_like_path
+from lorahub_registry.registry.records import CentroidRecord
 
 if TYPE_CHECKING:
     from lorahub_registry.evaluate.base import LoadedBase
     from lorahub_registry.train.learner import Learner
     from lorahub_registry.train.run import Run
+
+_LOOKED_AT = 256  # rows that tell where an adapter's prompts lie
 
 
 def scored(
@@ -31,16 +35,18 @@ def scored(
     progress: Progress,
 ) -> dict[str, Any]:
     """The table of test scores and what it means; without test rows, only whether it applies."""
-    from lorahub_registry.evaluate.measure import TestSet, measure
-    from lorahub_registry.evaluate.nll import score
+    from lorahub_registry.evaluate.measure import TestSet
     from lorahub_registry.evaluate.stock import stock_peft
+    from lorahub_registry.train.scoring import Scoring
 
+    scoring = Scoring(progress)
     test = order.splits.get("test")
     if test is None:
         probe = base.batches(order.splits["train"].tokens.rows[:8])
-        plain = score(base.model, probe)
+        what = f"training rows of {order.plan.name}"
+        plain = scoring.score(what, base.model, probe)
         with stock_peft(base, folder) as model:
-            _check_applied(folder, plain.mean, score(model, probe).mean)
+            _check_applied(folder, plain.mean, scoring.score(what, model, probe).mean)
         return {"test": None}
     rows, plan = test.tokens.rows, order.plan
     # Plain text has no answer that could be right.
@@ -56,10 +62,10 @@ def scored(
     tokens = repr([(row.prompt, row.output) for row in rows]) + repr(plan.data.eos)
     known = sha256(tokens.encode()).hexdigest()
     if known not in before:
-        before[known] = measure(base.model, base, "base", "base", wanted, progress=progress)
+        before[known] = scoring.measure(base.model, base, "base", "base", wanted, progress=progress)
     (plain, first), kind = before[known], "adapter"
     with stock_peft(base, folder) as model:
-        scores, second = measure(model, base, plan.name, kind, wanted, progress=progress)
+        scores, second = scoring.measure(model, base, plan.name, kind, wanted, progress=progress)
     _check_applied(folder, plain.mean, scores.mean)
     difference, error = scores.minus(plain)
     if difference < -2 * error:
@@ -151,7 +157,34 @@ def results_of(
     }
 
 
+def ended(learner: Learner) -> str:
+    """One line of how an adapter came to its end."""
+    at = learner.at
+    found = f"{learner.plan.name}: {at.step} of {learner.total} steps done"
+    if at.why:
+        found += f", {at.why}"
+    if at.loss:
+        found += f": loss {at.loss[-1][1]:.3f}"
+    if at.validation:
+        found += f", validation {at.validation[-1][1]:.3f}"
+    return found
+
+
 def _on_hub(split: object) -> str | None:
     """The Hub id of the dataset that a split's rows are from; None where there is none."""
     dataset = getattr(split, "dataset", None)
     return None if dataset is None or looks_like_path(dataset) else dataset.partition("@")[0]
+
+
+def place_of(ready: Ready, order: Order, base: LoadedBase, progress: Progress) -> CentroidRecord:
+    """Where the adapter's rows lie in the base's hidden space, so that prompts find it."""
+    split = order.splits["train"]
+    return centroid_of_rows(
+        base,
+        split.tokens.rows[:_LOOKED_AT],
+        template=order.plan.data.template,
+        rows_digest=split.sha256,
+        base_digest=ready.base.facts.digest or "",
+        text=order.plan.data.train.objective == "lm",
+        progress=progress,
+    )

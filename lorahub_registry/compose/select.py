@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from random import Random
+from typing import Any
 
 import torch
 
 from lorahub_registry.evaluate.base import LoadedBase
+from lorahub_registry.evaluate.hidden import read
 from lorahub_registry.evaluate.tokens import Encoded
 from lorahub_registry.progress import Progress, silent
 
@@ -43,23 +45,13 @@ def diverse(
 
 def _hidden(base: LoadedBase, rows: Sequence[Encoded], progress: Progress) -> torch.Tensor:
     """[rows, width], float64 on the CPU."""
-    model = base.model
-    inner = model.get_encoder() if base.seq2seq else model.base_model
-    points: torch.Tensor | None = None
-    batches = base.batches(rows)
-    with (
-        torch.inference_mode(),
-        progress.task("Looking at the rows", len(rows), "row") as task,
-    ):
-        for batch in batches:
-            mask = batch.inputs["attention_mask"]
-            more = {} if base.seq2seq else {"use_cache": False}
-            states = inner(input_ids=batch.inputs["input_ids"], attention_mask=mask, **more)
-            share = mask / mask.sum(1, keepdim=True)
-            means = (states.last_hidden_state.float() * share[..., None]).sum(1).cpu().double()
-            if points is None:
-                points = torch.zeros(len(rows), means.shape[1], dtype=torch.float64)
-            points[batch.rows] = means
-            task.advance(len(batch.rows))
-    assert points is not None
-    return points
+    ids = [row.prompt if base.seq2seq else [*row.prompt, *row.output] for row in rows]
+    more = {} if base.seq2seq else {"use_cache": False}
+
+    def means(reader: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        # Of the last states alone: a model that gives all of them keeps all of them.
+        states = reader(input_ids=ids, attention_mask=mask, **more).last_hidden_state
+        share = mask / mask.sum(1, keepdim=True)
+        return (states.float() * share[..., None]).sum(1)
+
+    return read(base, ids, means, progress=progress).double()

@@ -20,7 +20,7 @@ from lorahub_registry.errors import RegistryError
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.registry import engine as sql
 
-REVISIONS = ("0001",)
+REVISIONS = ("0001", "0002")
 """Every revision of ``migrations/versions``, oldest first (a test compares them)."""
 
 State = Literal["missing", "older", "current", "newer"]

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.engine import Connection
 
 from lorahub_registry.registry.records import (
@@ -77,6 +77,21 @@ def repo_record(row: Any, card: str) -> RepoRecord:
 def repo_columns() -> list[Any]:
     """What :func:`repo_record` needs, the card apart."""
     return [c.label(f"repo_{c.name}") for c in _REPO]
+
+
+def counts(connection: Connection) -> dict[str, int]:
+    """How many there are of each thing."""
+    things: dict[str, Any] = {
+        "adapters": select(func.count()).select_from(Adapter),
+        "local": select(func.count()).where(Adapter.local_path.is_not(None)),
+        "repos": select(func.count()).select_from(Repo),
+        "broken": select(func.count()).where(Repo.state == "broken"),
+        "bases": select(func.count()).select_from(BaseModel),
+        "skills": select(func.count()).select_from(Skill),
+        "scores": select(func.count()).select_from(Score),
+        "mixtures": select(func.count(MixtureMember.mixture_id.distinct())),
+    }
+    return {name: int(connection.scalar(query)) for name, query in things.items()}
 
 
 def _load(connection: Connection, ids: list[int], full: bool) -> dict[int, StoredAdapter]:

@@ -39,6 +39,27 @@ class ScoreRecord:
 
 
 @dataclass(frozen=True)
+class CentroidRecord:
+    """Where the prompts of an adapter's rows lie in a base's hidden space, on average.
+
+    Attributes:
+        base, base_digest: the base, and the digest of its tensors: each has a space of its own.
+        layer: which hidden state, 0 being the embeddings.
+        template: what made the prompts of the rows.
+        rows: how many there were; ``rows_digest`` is that of their file.
+        vector: [width], float32, little endian.
+    """
+
+    base: str
+    base_digest: str
+    layer: int
+    template: str
+    rows: int
+    rows_digest: str
+    vector: bytes
+
+
+@dataclass(frozen=True)
 class FileRecord:
     """One file of an adapter; ``sha256`` is None where only the Hub's git id is known."""
 

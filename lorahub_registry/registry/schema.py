@@ -271,6 +271,25 @@ class Score(Base):
     revision: Mapped[str]
 
 
+class Centroid(Base):
+    """Where the rows that an adapter is for lie in a base's hidden space; one for each base.
+
+    ``layer`` is the hidden state's number, ``vector`` its float32, little endian.
+    """
+
+    __tablename__ = "centroid"
+    adapter_id: Mapped[int] = mapped_column(
+        ForeignKey("adapter.id", ondelete="CASCADE"), primary_key=True
+    )
+    base_digest: Mapped[str] = mapped_column(primary_key=True)
+    base: Mapped[str]
+    layer: Mapped[int]
+    template: Mapped[str]
+    rows: Mapped[int]
+    rows_digest: Mapped[str]
+    vector: Mapped[bytes]
+
+
 class Recipe(Base):
     """A recipe that ran: its text, resolved and pinned."""
 

@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any
 
-from sqlalchemy import ColumnElement, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, delete, insert, select, update
 from sqlalchemy.engine import Connection
 
 from lorahub_registry.errors import RegistryError, UsageError
 from lorahub_registry.progress import Progress, silent
+from lorahub_registry.registry import centroids as placing
 from lorahub_registry.registry import columns, engine, families, lineage, lookup, migrate, reader
 from lorahub_registry.registry import search as searching
 from lorahub_registry.registry.marks import skill_name
 from lorahub_registry.registry.records import (
     AdapterRecord,
+    CentroidRecord,
     Found,
     MixtureRecord,
     Query,
@@ -36,8 +37,6 @@ from lorahub_registry.registry.schema import (
     BaseModel,
     MixtureMember,
     Repo,
-    Score,
-    Skill,
     SyncCursor,
 )
 from lorahub_registry.registry.writer import Change, Writer
@@ -213,6 +212,18 @@ class Registry:
             changed = self._writer(connection).give_base(id_, name.strip())
             return self._touched(connection, id_, changed)
 
+    def put_centroid(self, ref: str, centroid: CentroidRecord) -> StoredAdapter:
+        """Remember where an adapter's rows lie; what was known for the same base goes.
+
+        Raises:
+            RegistryError: it names no base, or its vector is no float32s.
+            UnknownRef, AmbiguousRef: see :meth:`get`.
+        """
+        with self._writing() as connection:
+            id_ = lookup.find(connection, ref)
+            placing.put(connection, id_, centroid)
+            return self._load(connection, id_)
+
     def place_base(self, name: str, folder: Path) -> None:
         """Remember that a folder of the user's holds the base called ``name``."""
         with self._writing() as connection:
@@ -259,6 +270,11 @@ class Registry:
         """
         with engine.reading(self._engine) as connection:
             return searching.search(connection, query)
+
+    def centroids(self, *, skill: str | None = None) -> placing.Placed:
+        """All known centroids and their adapters, by name; only of those with the ``skill``."""
+        with engine.reading(self._engine) as connection:
+            return placing.load(connection, skill)
 
     def list(
         self,
@@ -338,18 +354,8 @@ class Registry:
 
     def counts(self) -> dict[str, int]:
         """How many there are of each thing."""
-        things: dict[str, Any] = {
-            "adapters": select(func.count()).select_from(Adapter),
-            "local": select(func.count()).where(Adapter.local_path.is_not(None)),
-            "repos": select(func.count()).select_from(Repo),
-            "broken": select(func.count()).where(Repo.state == "broken"),
-            "bases": select(func.count()).select_from(BaseModel),
-            "skills": select(func.count()).select_from(Skill),
-            "scores": select(func.count()).select_from(Score),
-            "mixtures": select(func.count(MixtureMember.mixture_id.distinct())),
-        }
         with engine.reading(self._engine) as connection:
-            return {name: int(connection.scalar(query)) for name, query in things.items()}
+            return reader.counts(connection)
 
     # Sync
 

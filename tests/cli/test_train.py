@@ -157,6 +157,11 @@ def test_the_registry_finds_and_shows_them(lorareg, shelf):
     assert "licence     mit" in said
 
 
+def test_a_prompt_finds_them_by_the_rows_that_they_learned_from(lorareg, shelf):
+    found = lorareg("route", "ab ac", "--base", "tiny-llama", "--json").json
+    assert sorted(one["name"] for one in found) == ["directed", "fast", "zog"]
+
+
 def test_two_of_them_are_mixed_by_a_recipe(lorareg, shelf):
     recipe = {
         "version": 1, "name": "both", "base": "tiny-llama",

@@ -21,7 +21,7 @@ from typing import Any
 from lorahub_registry.registry import migrate
 from lorahub_registry.registry.records import BaseRecord, MemberRecord, RepoRecord, ScoreRecord
 from lorahub_registry.registry.store import Registry
-from tests.registry.making import MISTRAL, SECOND, adapter, hub, local, mixture, skills
+from tests.registry.making import MISTRAL, SECOND, adapter, centroid, hub, local, mixture, skills
 
 REVISIONS = Path(__file__).parent / "revisions"
 
@@ -60,6 +60,7 @@ def fill(registry: Registry) -> None:
         ),
     )
     registry.record_failure(RepoRecord("hub", "eve/broken", state="broken", error="no config"))
+    registry.put_centroid("zog", centroid())
     registry.set_cursor("hub", "page 3")
 
 
@@ -73,11 +74,15 @@ def contents(path: Path) -> dict[str, list[dict[str, Any]]]:
         )
         return {
             name: sorted(
-                (dict(row) for row in connection.execute(f'SELECT * FROM "{name}"')),
+                (_plain(row) for row in connection.execute(f'SELECT * FROM "{name}"')),
                 key=lambda row: json.dumps(row, sort_keys=True),
             )
             for (name,) in names.fetchall()
         }
+
+
+def _plain(row: sqlite3.Row) -> dict[str, Any]:
+    return {k: v.hex() if isinstance(v, bytes) else v for k, v in dict(row).items()}
 
 
 def main() -> None:

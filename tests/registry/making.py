@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import struct
 from datetime import UTC, datetime
 from typing import Any
 
 from lorahub_registry.registry.records import (
     AdapterRecord,
     BaseRecord,
+    CentroidRecord,
     FileRecord,
     MemberRecord,
     MixtureRecord,
@@ -65,6 +67,20 @@ def local(path: str, **fields: Any) -> AdapterRecord:
     """An adapter in a folder."""
     said = {"name": path.rsplit("/", 1)[-1], "weights": "local", "local_path": path}
     return adapter(RepoRecord(kind="local", name=path), revision="", **(said | fields))
+
+
+def centroid(*values: float, **fields: Any) -> CentroidRecord:
+    """Where an adapter's rows lie."""
+    said: dict[str, Any] = {
+        "base": MISTRAL,
+        "base_digest": "sha256:base",
+        "layer": 2,
+        "template": "{{ input }} ",
+        "rows": 128,
+        "rows_digest": "sha256:rows",
+        "vector": struct.pack(f"<{len(values or 'ab')}f", *(values or (0.5, -2.0))),
+    }
+    return CentroidRecord(**(said | fields))
 
 
 def mixture(name: str, *members: MemberRecord, digest: str = "d1") -> MixtureRecord:

@@ -31,7 +31,7 @@ NEXT = """
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0002"
+revision = "0003"
 down_revision = "{after}"
 branch_labels = None
 depends_on = None
@@ -60,14 +60,14 @@ def scripts(folder: Path, then: str = "pass") -> Path:
     copy = folder / "migrations"
     shutil.copytree(resources.folder("migrations"), copy)
     text = NEXT.format(after=migrate.REVISIONS[-1], then=then)
-    (copy / "versions" / "0002_next.py").write_text(text, encoding="utf-8")
+    (copy / "versions" / "0003_next.py").write_text(text, encoding="utf-8")
     return copy
 
 
 def revision_file(tmp_path: Path) -> Path:
     path = tmp_path / "home" / "registry.sqlite"
     path.parent.mkdir()
-    shutil.copy(REVISIONS / "0001.sqlite", path)
+    shutil.copy(REVISIONS / f"{migrate.REVISIONS[-1]}.sqlite", path)
     return path
 
 
@@ -139,15 +139,15 @@ def test_an_old_file_is_upgraded_and_loses_nothing(tmp_path: Path, revision: str
 def test_an_upgrade_keeps_a_copy_says_so_and_spares_the_children(tmp_path: Path) -> None:
     path, talk = revision_file(tmp_path), Talk()
     before = contents(path)
-    known = (*migrate.REVISIONS, "0002")
+    known = (*migrate.REVISIONS, "0003")
     migrate.upgrade(path, scripts=scripts(tmp_path), known=known, progress=talk)  # type: ignore[arg-type]
     after = contents(path)
     # A rebuilt table must not take along the rows that point to it.
     assert {t: len(rows) for t, rows in after.items()} == {t: len(r) for t, r in before.items()}
     assert after["repo"][0]["licence"] is not None or after["repo"][-1]["licence"] is not None
-    copy = path.with_name("registry-0001.backup.sqlite")
+    copy = path.with_name(f"registry-{migrate.REVISIONS[-1]}.backup.sqlite")
     assert contents(copy) == before
-    assert [line for line in talk.lines if "0001" in line and str(copy) in line]
+    assert [line for line in talk.lines if migrate.REVISIONS[-1] in line and str(copy) in line]
     assert migrate.status(copy).state == "current"
     with closing(sqlite3.connect(path)) as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
@@ -166,7 +166,7 @@ def test_a_failed_upgrade_leaves_the_old_state(tmp_path: Path, then: str) -> Non
     path = revision_file(tmp_path)
     before = contents(path)
     with pytest.raises(BaseException):  # noqa: B017
-        migrate.upgrade(path, scripts=scripts(tmp_path, then), known=(*migrate.REVISIONS, "0002"))
+        migrate.upgrade(path, scripts=scripts(tmp_path, then), known=(*migrate.REVISIONS, "0003"))
     assert contents(path) == before
     assert migrate.status(path).state == "current"
     with closing(sqlite3.connect(path)) as connection:
@@ -181,7 +181,7 @@ def test_rows_that_would_point_to_nothing_are_told(tmp_path: Path) -> None:
     path = revision_file(tmp_path)
     bad = scripts(tmp_path, "op.execute('UPDATE adapter SET repo_id = 999 + id')")
     with pytest.raises(RegistryError, match="rows of adapter would point to nothing"):
-        migrate.upgrade(path, scripts=bad, known=(*migrate.REVISIONS, "0002"))
+        migrate.upgrade(path, scripts=bad, known=(*migrate.REVISIONS, "0003"))
 
 
 def test_a_newer_file_tells_to_update(path: Path) -> None:
@@ -200,12 +200,12 @@ def test_an_older_file_is_upgraded_when_it_is_opened(
     path, folder = revision_file(tmp_path), tmp_path / "package"
     scripts(folder, "op.execute('SELECT 1')")
     monkeypatch.setattr(resources, "folder", lambda name: folder / name)
-    monkeypatch.setattr(migrate, "REVISIONS", ("0001", "0002"))
-    monkeypatch.setitem(migrate.upgrade.__kwdefaults__, "known", ("0001", "0002"))
+    monkeypatch.setattr(migrate, "REVISIONS", ("0001", "0002", "0003"))
+    monkeypatch.setitem(migrate.upgrade.__kwdefaults__, "known", ("0001", "0002", "0003"))
     talk = Talk()
     assert migrate.ensure(path, talk).state == "current"  # type: ignore[arg-type]
     assert len(talk.lines) == 1
-    assert migrate.ensure(path, talk).revision == "0002"  # type: ignore[arg-type]
+    assert migrate.ensure(path, talk).revision == "0003"  # type: ignore[arg-type]
     assert len(talk.lines) == 1
 
 

@@ -1,0 +1,222 @@
+"""Route: which adapters a prompt is for, told by the rows that they learned from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lorahub_registry.api.bases import ResolvedBase, resolve_base
+from lorahub_registry.api.centroids import load_found, positions
+from lorahub_registry.errors import BaseModelError, DataError, UnknownRef, UsageError
+from lorahub_registry.progress import Progress, silent
+from lorahub_registry.recipes import render
+from lorahub_registry.recipes.rows import Row
+from lorahub_registry.recipes.template import CHAT
+from lorahub_registry.registry.records import CentroidRecord, Query, StoredAdapter
+from lorahub_registry.registry.store import Registry
+
+if TYPE_CHECKING:
+    from lorahub_registry.evaluate.base import LoadedBase
+
+TEMPERATURE = 0.1
+"""Measured on the bases and prompts of ``evaluate/hidden.py``: there it costs at most 0.06 nats a
+prompt more than the best temperature of each."""
+_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Routed:
+    """How probable it is that a prompt is for this adapter.
+
+    Attributes:
+        ref: what to type for it.
+        similarity: 1 where its own rows lie, 0 as far away as the adapters are from each other (see
+            :func:`~lorahub_registry.runtime.nearest.similarities`).
+    """
+
+    ref: str
+    name: str
+    probability: float
+    similarity: float
+    skills: tuple[str, ...]
+
+
+def route(
+    prompt: str,
+    *,
+    base: str,
+    top_k: int = 5,
+    temperature: float = TEMPERATURE,
+    skill: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    registry: Registry | None = None,
+    progress: Progress = silent,
+) -> list[Routed]:
+    """The adapters that a prompt is for, the likeliest first; none of their files is needed.
+
+    Those whose centroid is known on this very base take part; others of the base that a search
+    would find are counted and named through ``progress``.
+
+    Args:
+        base: a family name, a Hub id or a path.
+        top_k: at most so many; their probabilities add up to 1.
+        temperature: the smaller, the more goes to the nearest.
+        skill: only adapters that have it.
+        device, dtype: as in a recipe.
+
+    Raises:
+        UsageError: the prompt is empty, ``top_k`` is less than 1, ``temperature`` is not positive.
+        UnknownRef: no adapter of the base is known, or none has a centroid on it.
+        BaseModelError, AmbiguousRef, HubError: the base cannot be found, told apart or loaded.
+    """
+    if not prompt.strip():
+        raise UsageError("the prompt is empty", hint='lorareg route "Write a SQL query" --base B')
+    if top_k < 1 or not temperature > 0:
+        raise UsageError("top_k must be at least 1, and temperature more than 0")
+    if registry is None:
+        with Registry(progress=progress) as opened:
+            return route(
+                prompt, base=base, top_k=top_k, temperature=temperature, skill=skill,
+                device=device, dtype=dtype, registry=opened, progress=progress,
+            )  # fmt: skip
+    found = resolve_base(base, registry=registry, progress=progress)
+    known = registry.centroids(skill=skill)
+    here = [(a, c) for a, c in known if c.base_digest == found.facts.digest]
+    name, digest = found.facts.name, found.facts.digest
+    others = sum(c.base == name and c.base_digest != digest for _, c in known)
+    _tell(found, base, here, others, skill, registry, progress)
+    loaded = load_found(found, device, dtype, progress)
+    here, vectors, which = _placed(prompt, here, loaded, progress)
+    import torch
+
+    from lorahub_registry.runtime.nearest import probable, similarities
+
+    width = vectors.shape[1]
+    for stored, one in here:
+        if len(one.vector) != 4 * width:
+            raise BaseModelError(
+                f"{stored.record.name}: its centroid has {len(one.vector) // 4} numbers, and "
+                f"{loaded.name} is {width} wide",
+                hint=_learn(stored.ref, found, base),
+            )
+    centroids = torch.stack([_vector(one) for _, one in here])
+    # Each adapter is asked by the prompt as its own rows were written.
+    near = similarities(vectors, centroids)[which, range(len(here))]
+    shares = probable(near[None], top_k, temperature)[0]
+    routed = [
+        Routed(
+            stored.ref,
+            stored.record.name,
+            float(share),
+            float(one),
+            tuple(sorted({s.name for s in stored.record.skills})),
+        )
+        for (stored, _), one, share in zip(here, near, shares, strict=True)
+    ]
+    best = sorted(routed, key=lambda r: (-r.probability, -r.similarity, r.ref))
+    return best[:top_k]
+
+
+def _placed(
+    prompt: str,
+    known: Sequence[tuple[StoredAdapter, CentroidRecord]],
+    base: LoadedBase,
+    progress: Progress,
+) -> tuple[list[tuple[StoredAdapter, CentroidRecord]], Any, list[int]]:
+    """Those that the prompt can be written for, where it lies ([ways, width]), and whose way which.
+
+    It lies elsewhere in another template, or another layer.
+    """
+    import torch
+
+    from lorahub_registry.evaluate.hidden import prompt_vectors
+    from lorahub_registry.evaluate.quiet import threads_for
+    from lorahub_registry.evaluate.tokens import TokenRule, encode_one
+
+    kept: list[tuple[StoredAdapter, CentroidRecord]] = []
+    vectors: dict[tuple[str, int], torch.Tensor] = {}
+    cut = 0
+    row = Row(prompt, "-", {"input": prompt, "output": "-"}, place="the prompt")
+    for stored, one in known:
+        key = one.template, one.layer
+        if key not in vectors:
+            chat = one.template == CHAT
+            try:
+                text = prompt if chat else render(one.template, row)
+            except DataError as error:
+                progress.warn(f"{stored.record.name} is left out: {error}")
+                continue
+            # The output only has to be there: the prompt alone is looked at.
+            rule = TokenRule(positions(base), chat=chat)
+            ids = encode_one(base.tokenizer, text, "-", rule, seq2seq=base.seq2seq, place=row.place)
+            cut = max(cut, ids.cut)
+            with threads_for(base.model):
+                vectors[key] = prompt_vectors(base, [ids.prompt], one.layer)[0]
+        kept.append((stored, one))
+    if cut:
+        progress.warn(
+            f"the prompt is longer than {base.name} takes: its first {cut} tokens are cut"
+        )
+    if not kept:
+        raise UnknownRef(
+            "the templates of all centroids want columns that a prompt has not",
+            hint="learn them with a template over `input` alone: lorareg route --learn REF …",
+        )
+    ways = list(vectors)
+    which = [ways.index((one.template, one.layer)) for _, one in kept]
+    return kept, torch.stack([vectors[way] for way in ways]), which
+
+
+def _tell(
+    found: ResolvedBase,
+    written: str,
+    here: Sequence[tuple[StoredAdapter, CentroidRecord]],
+    others: int,
+    skill: str | None,
+    registry: Registry,
+    progress: Progress,
+) -> None:
+    """Who does not take part, and what would help.
+
+    Raises:
+        UnknownRef: nobody does.
+    """
+    ids = {stored.id for stored, _ in here}
+    skills = (skill,) if skill else ()
+    query = Query(base=found.facts.name, skills=skills, limit=len(ids) + _NAMED)
+    answer = registry.search(query)
+    without = [a for a in answer.adapters if a.id not in ids]
+    having = f" with the skill {skill!r}" if skill else ""
+    if not here and not without:
+        raise UnknownRef(
+            f"the registry has no adapter of {found.facts.name}{having}",
+            hint=f"lorareg add FOLDER --base {found.facts.name}, or lorareg sync --base ID",
+        )
+    elsewhere = f"; {others} on other weights of that name" if others else ""
+    if not here:
+        raise UnknownRef(
+            f"none of the {answer.total} adapters of {found.facts.name}{having} has a centroid "
+            f"on it{elsewhere}",
+            hint=_learn(without[0].ref, found, written),
+        )
+    missing = answer.total - sum(1 for a in answer.adapters if a.id in ids)
+    if without:
+        names = ", ".join(a.record.name for a in without[:_NAMED])
+        more = ", …" if missing > len(without[:_NAMED]) else ""
+        progress.say(
+            f"{missing} more of {found.facts.name} have no centroid and take no part: {names}{more}"
+            f"; {_learn(without[0].ref, found, written)}"
+        )
+
+
+def _learn(ref: str, base: ResolvedBase, written: str) -> str:
+    return f"lorareg route --learn {ref} --rows rows.jsonl --base {written}"
+
+
+def _vector(one: CentroidRecord) -> Any:
+    import numpy
+    import torch
+
+    return torch.from_numpy(numpy.frombuffer(one.vector, "<f4").astype("f4"))

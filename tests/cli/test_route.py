@@ -1,0 +1,172 @@
+"""Which adapters a prompt is for: learned from rows, asked without any adapter's files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from tests import tiny
+from tests.cli.conftest import edit_config, write_rows
+
+
+@pytest.fixture
+def shelf(lorareg, kitchen):
+    """Two adapters, one for the letters a to e, one for v to z; and a third."""
+    kitchen.lora("same")
+    for kind in ("plain", "wide", "same"):
+        edit_config(kitchen / "loras" / kind, base_model_name_or_path="tiny-llama")
+    lorareg("add", "loras", "--base", "tiny-llama")
+    for name, letters in (("low", "abcde"), ("high", "vwxyz")):
+        write_rows(kitchen / f"{name}.jsonl", tiny.rows(20, letters=letters))
+    return kitchen
+
+
+@pytest.fixture
+def learned(lorareg, shelf):
+    """The first two know what they are for."""
+    for name, rows in (("plain", "low"), ("wide", "high")):
+        lorareg("route", "--learn", name, "--rows", f"{rows}.jsonl", "--base", "./tiny-llama")
+    return shelf
+
+
+def names(done):
+    return [row["name"] for row in done.json]
+
+
+def test_a_prompt_goes_to_the_adapter_whose_rows_are_like_it(lorareg, learned):
+    for prompt, wanted in (("ab ac ea", ["plain", "wide"]), ("zy vw xx", ["wide", "plain"])):
+        done = lorareg("route", prompt, "--base", "./tiny-llama", "--json")
+        assert names(done) == wanted
+        first, second = done.json
+        assert first["probability"] + second["probability"] == pytest.approx(1, abs=1e-6)
+        assert first["probability"] > 0.9
+        assert first["similarity"] > second["similarity"]
+        assert "1 more of tiny-llama have no centroid and take no part: same" in done.err
+        assert f"--learn {learned / 'loras' / 'same'} --rows" in done.err
+
+
+def test_none_of_their_files_is_needed(lorareg, learned):
+    shutil.rmtree(learned / "loras")
+    done = lorareg("route", "ab", "--base", "./tiny-llama", "--top-k", "1", "--json")
+    assert [(row["name"], row["probability"]) for row in done.json] == [("plain", 1.0)]
+
+
+def test_the_three_formats(lorareg, learned):
+    words = ("route", "ab ac", "--base", "./tiny-llama")
+    human = lorareg(*words).lines
+    assert human[0].split() == ["NAME", "PROBABILITY", "SIMILARITY", "SKILLS", "REF"]
+    assert human[1].split()[0] == "plain"
+    quiet = lorareg(*words, "--quiet")
+    assert quiet.lines == [str(learned / "loras" / "plain"), str(learned / "loras" / "wide")]
+    assert quiet.err == ""
+    assert set(lorareg(*words, "--json").json[0]) == {
+        "name", "ref", "probability", "similarity", "skills"
+    }  # fmt: skip
+
+
+def test_temperature_and_skill(lorareg, learned):
+    words = ("route", "ab ac", "--base", "./tiny-llama", "--json")
+    sharp, flat = (lorareg(*words, "--temperature", t).json[0] for t in ("0.05", "50"))
+    assert flat["probability"] < 0.6 < sharp["probability"]
+    assert flat["similarity"] == sharp["similarity"]
+    lorareg("tag", "wide", "--skill", "code")
+    found = lorareg(*words, "--skill", "Code")
+    assert [(row["name"], row["skills"]) for row in found.json] == [("wide", ["code"])]
+    assert "no centroid" not in found.err
+    err = lorareg.fails(*words, "--skill", "chat")
+    assert "no adapter of tiny-llama with the skill 'chat'" in err
+
+
+def test_what_was_learned_is_told_and_learning_again_replaces_it(lorareg, learned):
+    words = ("route", "--learn", "plain", "--base", "./tiny-llama", "--rows")
+    told = lorareg(*words, "high.jsonl", "--json").json
+    assert told["name"] == "plain"
+    assert told["centroid"]["rows"] == 20
+    assert told["centroid"]["layer"] == 1
+    assert told["centroid"]["base"] == "tiny-llama"
+    assert lorareg(*words, "low.jsonl").lines == ["plain: 20 rows, hidden state 1 of tiny-llama"]
+    assert lorareg(*words, "low.jsonl", "-q").lines == ["plain"]
+    done = lorareg("route", "ab ac", "--base", "./tiny-llama", "--json")
+    assert names(done) == ["plain", "wide"]
+
+
+def test_columns_and_template_are_a_recipe_s(lorareg, learned):
+    rows = [{"question": f"{a}{b}", "query": "x"} for a in "klm" for b in "nop"]
+    (learned / "sql.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8")
+    words = ("route", "--learn", "same", "--rows", "sql.jsonl", "--base", "./tiny-llama")
+    assert "there is no column 'input'" in lorareg.fails(*words)
+    words += ("--input", "question", "--output", "query")
+    assert "--output" not in lorareg(*words, "--template", "Q: {{ input }}\nA: ").err
+    done = lorareg("route", "ko mn", "--base", "./tiny-llama", "--json")
+    # It was put into the template for this one, and into the usual one for the others.
+    assert names(done)[0] == "same"
+    # A prompt has no such column, so this one cannot be asked.
+    lorareg(*words, "--template", "{{ question }} ")
+    done = lorareg("route", "ko mn", "--base", "./tiny-llama", "--json")
+    assert names(done) == ["plain", "wide"] or names(done) == ["wide", "plain"]
+    assert "same is left out: the prompt: data.template cannot be filled" in done.err
+
+
+def test_a_removed_adapter_is_no_longer_asked(lorareg, learned):
+    lorareg("remove", "plain")
+    assert names(lorareg("route", "ab", "--base", "./tiny-llama", "--json")) == ["wide"]
+
+
+def test_other_weights_of_the_same_name_are_another_space(lorareg, learned, tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    other = tmp_path / "elsewhere" / "tiny-llama"
+    shutil.copytree(learned / "tiny-llama", other)
+    tensors = load_file(other / "model.safetensors")
+    name = next(iter(tensors))
+    tensors[name] = tensors[name] + torch.ones_like(tensors[name])
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    err = lorareg.fails("route", "ab", "--base", other)
+    assert "none of the 3 adapters of tiny-llama has a centroid on it; 2 on other weights" in err
+    assert "lorareg route --learn" in err
+
+
+def test_nobody_to_ask(lorareg, kitchen, shelf):
+    err = lorareg.fails("route", "ab", "--base", "./tiny-llama")
+    assert "none of the 3 adapters of tiny-llama has a centroid" in err
+    assert "Hint: lorareg route --learn" in err
+    for name in ("plain", "wide", "same"):
+        lorareg("remove", name)
+    err = lorareg.fails("route", "ab", "--base", "./tiny-llama")
+    assert "the registry has no adapter of tiny-llama" in err
+    assert "Hint: lorareg add FOLDER --base tiny-llama" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ([], 2, "there is no prompt"),
+        (["ab"], 2, "--base is missing"),
+        (["  ", "--base", "./tiny-llama"], 2, "the prompt is empty"),
+        (["ab", "--base", "./nowhere"], 1, "nowhere"),
+        (["ab", "--base", "./tiny-llama", "--rows", "low.jsonl"], 2, "--rows goes with --learn"),
+        (["--learn", "plain"], 2, "--learn needs --rows"),
+        (["ab", "--learn", "plain", "--rows", "low.jsonl"], 2, "--learn takes no PROMPT"),
+        (["--learn", "plain", "--rows", "low.jsonl", "--top-k", "2"], 2, "--top-k does not go"),
+        (["--learn", "nobody", "--rows", "low.jsonl"], 1, "nobody"),
+        (["--learn", "plain", "--rows", "gone.jsonl"], 1, "gone.jsonl: no such file"),
+        (["--learn", "plain", "--rows", "low.txt"], 2, "must end in one of .jsonl"),
+        (["--learn", "plain", "--rows", "bad.jsonl"], 1, "bad.jsonl, line 1: not JSON"),
+        (["--learn", "plain", "--rows", "low.jsonl", "--template", "{{ x"], 2, "template: "),
+        (["--learn", "plain", "--rows", "low.jsonl", "--template", "{{ x }}"], 1, "column 'x'"),
+        (["--learn", "plain", "--rows", "low.jsonl", "--output", "input"], 2, "same column"),
+        (["ab", "--base", "./tiny-llama", "--temperature", "0"], 2, "temperature"),
+    ],
+)
+def test_wrong_calls_are_told(lorareg, shelf, words, code, said):
+    (shelf / "bad.jsonl").write_text("no json\n", "utf-8")
+    assert said in lorareg.fails("route", *words, code=code)
+
+
+def test_a_prompt_longer_than_the_base_takes_is_cut_and_told(lorareg, learned):
+    done = lorareg("route", "ab " * 200, "--base", "./tiny-llama", "--json")
+    assert "the prompt is longer than tiny-llama takes" in done.err
+    assert names(done)[0] == "plain"
