@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorahub_registry.adapters.compat import Member
+from lorahub_registry.api.gates_figure import draw_gates
 from lorahub_registry.api.output import new_folder
 from lorahub_registry.api.papers import dataset_id, finite, scores_of
 from lorahub_registry.api.prepare import (
@@ -119,13 +120,13 @@ def compose(
         from lorahub_registry.compose.encoder import Rows
         from lorahub_registry.evaluate.quiet import threads_for
 
-        rows = Rows(ready.train, ready.test)
+        rows = Rows(ready.train, ready.test, ready.examples, ready.known)
         with threads_for(loaded.model), means_of(ready, loaded, registry, jobs, progress) as means:
             made = run.compose(
                 ready.recipe, ready.members, loaded, rows, folder, means=means, progress=progress
             )
             results = _results(ready, loaded, made)
-            _write_papers(folder, ready, results)
+            _write_papers(folder, ready, loaded, results)
     means.journal.forget()
     stored = _enter(ready, results, registry)
     url = _publish(ready, progress) if ready.recipe.publish and push else None
@@ -188,13 +189,17 @@ def _task(recipe: Recipe, beside: Path) -> str:
     return recipe.name if path.parent in plain else path.parent.name
 
 
-def _write_papers(folder: Path, ready: Prepared, results: dict[str, Any]) -> None:
+def _write_papers(
+    folder: Path, ready: Prepared, loaded: LoadedBase, results: dict[str, Any]
+) -> None:
     text = to_yaml(pinned_recipe(ready.recipe, ready.base, ready.members))
     (folder / RECIPE_NAME).write_text(text, encoding="utf-8")
     (folder / LOCK_NAME).write_text(ready.lock.dumps(), encoding="utf-8")
     (folder / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     if "search" in results:
         draw_trace(folder, results)
+    if "routing" in results:
+        draw_gates(folder, results, ready, loaded)
     publish = ready.recipe.publish
     write_card(folder, repo=publish.repo if publish else None)
 

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from lorahub_registry import __version__
 from lorahub_registry.adapters.config import CONFIG_NAME
+from lorahub_registry.adapters.dynamic import FOLDER
 from lorahub_registry.adapters.tensors import WEIGHTS_NAME
 from lorahub_registry.card import (
     FACTORY_NAME,
+    GATES_NAME,
     LOG_NAME,
     LOSS_NAME,
     RECIPE_NAME,
@@ -38,7 +40,8 @@ commands write."""
 ADAPTER_FILES = frozenset(
     {CONFIG_NAME, WEIGHTS_NAME, "README.md", LOCK_NAME, RESULTS_NAME}
     | {RECIPE_NAME, TRACE_NAME}
-    | {FACTORY_NAME, LOG_NAME, LOSS_NAME}
+    | {FACTORY_NAME, LOG_NAME, LOSS_NAME, GATES_NAME}
+    | {f"{FOLDER}/{CONFIG_NAME}", f"{FOLDER}/{WEIGHTS_NAME}"}
 )
 """What stands in a mixture's or a trained adapter's folder, which has no report."""
 

@@ -14,6 +14,7 @@ from lorahub_registry.errors import BaseModelError
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.recipes import Recipe, RecipeFile, overlap, render
 from lorahub_registry.recipes.learned import GRADIENT, Learn, LoraHub, Searched
+from lorahub_registry.recipes.routed import LoraFlow
 from lorahub_registry.registry.store import Registry
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -61,12 +62,15 @@ def _estimate(ready: Prepared, progress: Progress) -> dict[str, Any]:
     if isinstance(recipe.method, Searched):
         # Each answer may get an EOS, and which rows are taken is not known: no fewer than these.
         _check_rows(ready, rows, answers + len(ready.train), progress)
-    evaluations, passes = _search(recipe, len(ready.members))
+    evaluations, passes = _search(recipe, len(ready.members), rows)
+    steps, taught = _training(recipe, rows)
     mixed = _kept(recipe, len(ready.members))
-    models = mixed + 4 if ready.test else 0
+    # A mixture that decides is compared with its plain LoRA, too, and with static coefficients.
+    more = recipe.method.dynamic + (recipe.method.dynamic and rows > 0)
+    models = mixed + 4 + more if ready.test else 0
     width = max((shape[-1] for shape in shapes.values() if len(shape) == 2), default=1024)
     gflops = measured_gflops(device, min(width, 4096))
-    forwards = passes * train + models * test
+    forwards = (passes + taught) * train + models * test
     sizes = sorted((m.facts.parameters or 0 for m in ready.members), reverse=True)
     adapters = sum(sizes[: _together(recipe, len(sizes))]) * 4
     changed = {m.name: m.fan_in * m.fan_out for a in ready.members for m in a.facts.modules}
@@ -83,6 +87,7 @@ def _estimate(ready: Prepared, progress: Progress) -> dict[str, Any]:
         ],
         "method": recipe.method.type,
         "evaluations": evaluations,
+        "steps": steps,
         "train_rows": rows,
         "train_tokens": train,
         "models": models,
@@ -117,9 +122,25 @@ def _together(recipe: Recipe, members: int) -> int:
     return min(members, max(2 * kept, kept + 4))
 
 
-def _search(recipe: Recipe, members: int) -> tuple[int, float]:
+def _training(recipe: Recipe, rows: int) -> tuple[int, float]:
+    """(optimizer steps of gates, what they cost in forwards over the training rows)."""
+    method = recipe.method
+    if not isinstance(method, LoraFlow):
+        return 0, 0
+    run = method.training
+    per_step = run.batch_size * run.gradient_accumulation_steps
+    each = math.ceil(rows / per_step)
+    steps = run.max_steps or each * run.num_train_epochs
+    return steps, 3 * steps / max(1, each)
+
+
+def _search(recipe: Recipe, members: int, rows: int) -> tuple[int, float]:
     """(evaluations at most, what they cost in forwards over the training rows)."""
     method = recipe.method
+    if method.dynamic and rows:
+        # The static coefficients that it is compared with, and then its own means.
+        method = Learn(optimizer=GRADIENT)
+        return method.budget, 3 * method.budget + 1
     if not isinstance(method, Searched):
         return 0, 0
     again: float = method.seeds - 1 if method.seeds else method.folds or 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lorahub_registry.adapters.base_files import BaseFacts
 from lorahub_registry.adapters.compat import Member, check_base, check_factors, check_sum
@@ -29,6 +31,8 @@ from lorahub_registry.recipes import (
     to_yaml,
 )
 from lorahub_registry.recipes import load as load_recipe
+from lorahub_registry.recipes.model import Split
+from lorahub_registry.recipes.routed import PromptRouter, Routed
 from lorahub_registry.recipes.rows import Row
 from lorahub_registry.refs import expand, looks_like_path
 from lorahub_registry.registry.records import AdapterRecord
@@ -41,6 +45,7 @@ class Prepared:
 
     Attributes:
         fresh: member name → its record, of those to be indexed along with the mixture.
+        examples, known: see :class:`~lorahub_registry.compose.encoder.Rows`.
     """
 
     recipe: Recipe
@@ -53,6 +58,8 @@ class Prepared:
     lock: Lock
     notes: tuple[str, ...]
     fresh: Mapping[str, AdapterRecord]
+    examples: Mapping[str, Sequence[Row]] = field(default_factory=dict)
+    known: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 def read_recipe(recipe: str | Path | Mapping[str, Any] | RecipeFile) -> RecipeFile:
@@ -91,6 +98,8 @@ def prepare(
     )
     members = resolved.members
     check_sum(members)
+    if isinstance(wanted.method, Routed):
+        wanted.method.check_names([m.name for m in members])
     if getattr(wanted.method, "form", None) == "factor":
         check_factors(members)
     notes = check_base(members, found.facts, allow=wanted.allow_base)
@@ -100,15 +109,55 @@ def prepare(
         agreed_license(wanted, members)
     train, test = (
         read_rows(split, seed=wanted.seed, beside=file.folder) if split else ()
-        for split in (wanted.data.train if wanted.method.learns else None, wanted.data.test)
+        for split in (wanted.data.train if wanted.method.reads_train else None, wanted.data.test)
     )
+    examples, known = _own_rows(file, found, members, registry)
     if not test:
         progress.warn("no data.test: the mixture will be written without proof that it helps")
     now = _lock(file, found, members)
     if lock is not None:
         Lock.load(lock).check(now)
     fresh = {name: resolved.records[name] for name in sorted(resolved.fresh)}
-    return Prepared(wanted, file.folder, found, members, train, test, out, now, tuple(notes), fresh)
+    return Prepared(
+        wanted, file.folder, found, members, train, test, out, now, tuple(notes), fresh, examples,
+        known,
+    )  # fmt: skip
+
+
+def _own_rows(
+    file: RecipeFile, base: ResolvedBase, members: Sequence[Member], registry: Registry
+) -> tuple[dict[str, Sequence[Row]], dict[str, Sequence[float]]]:
+    """Of a router of prompts: rows that each adapter is known by, or where they lie.
+
+    Raises:
+        RecipeError: of an adapter neither is known, or a name is none of the adapters'.
+    """
+    method = file.recipe.method
+    if not isinstance(method, PromptRouter):
+        return {}, {}
+    names = [m.name for m in members]
+    examples: dict[str, Sequence[Row]] = {
+        name: read_rows(Split(path=path), seed=0, beside=file.folder)
+        for name, path in method.examples.items()
+    }
+    stored = {
+        one.id: np.frombuffer(c.vector, "<f4").tolist()
+        for one, c in registry.centroids()
+        if c.base_digest == base.facts.digest and c.template == file.recipe.data.template
+    }
+    known: dict[str, Sequence[float]] = {
+        m.name: stored[m.adapter_id]
+        for m in members
+        if m.name not in examples and m.adapter_id in stored
+    }
+    if absent := [name for name in names if name not in examples and name not in known]:
+        raise RecipeError(
+            f"method prompt_router: nothing tells what prompts {absent[0]} is for",
+            hint=f"give rows of its own under method: examples: {{{absent[0]}: rows.jsonl}}, or "
+            f"store them by `lorareg route --learn {absent[0]} --rows rows.jsonl`, with the "
+            "recipe's template",
+        )
+    return examples, known
 
 
 def agreed_license(recipe: Recipe, members: Sequence[Member]) -> str | None:
@@ -154,9 +203,12 @@ def _lock(file: RecipeFile, base: ResolvedBase, members: Sequence[Member]) -> Lo
     recipe = file.recipe
     data = {}
     for split, spec in (("train", recipe.data.train), ("test", recipe.data.test)):
-        if spec is not None and (split == "test" or recipe.method.learns):
+        if spec is not None and (split == "test" or recipe.method.reads_train):
             path = file.resolve(spec.path)
             data[split] = Pin(path.name, files={path.name: file_sha256(path)})
+    for name, place in getattr(recipe.method, "examples", {}).items():
+        path = file.resolve(place)
+        data[f"examples of {name}"] = Pin(path.name, files={path.name: file_sha256(path)})
     return Lock(
         recipe=_settings_digest(pinned_recipe(recipe, base, members)),
         base=Pin(base.facts.name, base.facts.revision, digest=base.facts.digest),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorahub_registry.card import is_generated, is_trained, read_results, write_card
+from lorahub_registry.card import GATES_NAME, is_generated, is_trained, read_results, write_card
 from lorahub_registry.errors import RecipeError, UnknownRef
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.refs import expand, looks_like_path
@@ -87,6 +87,8 @@ def push(
             f"its base, {facts['base']['name']}, is a folder of yours: others can load it only "
             "if they have it, too; the card says so"
         )
+    if (folder / GATES_NAME).is_file():
+        progress.say(f"{GATES_NAME} shows one of your rows, and is published with the rest")
     if not is_generated(folder):
         progress.say("README.md was edited by hand: it is published as it is")
     elif not dry_run:

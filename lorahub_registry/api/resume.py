@@ -43,7 +43,7 @@ def means_of(
     from lorahub_registry.compose.bench import Means
     from lorahub_registry.compose.journal import Journal
 
-    searches = ready.recipe.method.learns and ready.base.folder is not None
+    searches = ready.recipe.method.reads_train and ready.base.folder is not None
     journals = registry.path.parent / "journals"
     path = journals / f"{_run_key(ready, loaded, jobs)}.jsonl"
     _sweep(journals)

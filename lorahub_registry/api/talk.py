@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorahub_registry.adapters.compat import Member, check_base, check_sum, check_weights
+from lorahub_registry.adapters.dynamic import folder_to_run
 from lorahub_registry.adapters.facts import read_facts
 from lorahub_registry.api.bases import ResolvedBase, base_of
+from lorahub_registry.api.prepare import prepare, read_recipe
+from lorahub_registry.api.xlora import check_xlora, is_xlora, load_xlora, xlora_on
 from lorahub_registry.card import FACTORY_NAME, RECIPE_NAME, RESULTS_NAME, read_results
 from lorahub_registry.errors import IncompatibleAdapters, UnknownRef, UsageError
+from lorahub_registry.lock import LOCK_NAME
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.refs import expand, looks_like_path
 from lorahub_registry.registry.index import record_of_folder
@@ -31,7 +35,7 @@ class Loaded:
     """An adapter on its base, ready to generate.
 
     Attributes:
-        model: a PeftModel, loaded by stock PEFT.
+        model: a PeftModel, loaded by PEFT; of a mixture that decides while it runs, that one.
         prompt: the template that its recipe made prompts with, else the project's default.
     """
 
@@ -60,13 +64,16 @@ def load(
     """A mixture or adapter on its base.
 
     Args:
-        ref: a folder, a registered name or a Hub ref that was pulled.
+        ref: a folder, a registered name, a Hub ref that was pulled, or a recipe (``.yaml``) that
+            was composed.
         base: where its base is, if not where the registry knows; or (model, tokenizer).
         device, dtype: as in a recipe.
 
     Raises:
-        UnknownRef: it is not on this machine.
+        UnknownRef: it is not on this machine, or the recipe was not composed.
+        LockError: what was composed from the recipe is no longer what it names.
         IncompatibleAdapters: its weights are a pickle, or it was made for another base.
+        BrokenAdapter: an X-LoRA without all of its tensors.
         BaseModelError: its base is not known, or cannot be loaded.
     """
     if registry is None:
@@ -76,9 +83,15 @@ def load(
             )
     from peft import PeftModel
 
+    import lorahub_registry.runtime  # noqa: F401 - PEFT learns our type
+
+    if str(ref).endswith((".yaml", ".yml")):
+        ref = _composed(Path(ref), registry, progress)
     folder, record = _record(str(ref), registry)
     member = _member(folder, record)
     check_weights(member)
+    if is_xlora(member):
+        check_xlora(member)
     found: tuple[Any, Any] | ResolvedBase
     if isinstance(base, tuple):
         found = base
@@ -87,10 +100,15 @@ def load(
         for passed in check_base([member], found.facts, allow=base is not None):
             progress.warn(passed)
     loaded = _load_base(record, found, device, dtype, progress)
+    if is_xlora(member):
+        model = load_xlora(loaded.model, member, adapter="adapter")
+        return Loaded(record.name, model, loaded.tokenizer, _template(folder), loaded)
     with warnings.catch_warnings():
         # PEFT asks transformers by a name that it is about to lose; nobody here can mend that.
         warnings.simplefilter("ignore", FutureWarning)
-        model = PeftModel.from_pretrained(loaded.model, str(folder), adapter_name="adapter")
+        model = PeftModel.from_pretrained(
+            loaded.model, str(folder_to_run(folder)), adapter_name="adapter"
+        )
     return Loaded(record.name, model.eval(), loaded.tokenizer, _template(folder), loaded)
 
 
@@ -134,6 +152,8 @@ def generate(
     present = [m for m in members if m is not None]
     for each in present:
         check_weights(each)
+        if is_xlora(each):
+            check_xlora(each)
     found = base_of(record, base, registry=registry, progress=progress)
     for passed in check_base(present, found.facts, allow=base is not None):
         progress.warn(passed)
@@ -163,6 +183,14 @@ def _with(base: LoadedBase, member: Member | None) -> Iterator[Any]:
 
     if member is None:
         yield base.model
+        return
+    if is_xlora(member):
+        with xlora_on(base, member) as model:
+            yield model
+        return
+    if (inner := folder_to_run(member.folder)) != member.folder:
+        with stock_peft(base, inner) as model:
+            yield model
         return
     try:
         check_sum([member])
@@ -202,6 +230,19 @@ def _answer(
         seed=seed,
     )
     return str(base.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+def _composed(recipe: Path, registry: Registry, progress: Progress) -> Path:
+    """The folder that a recipe was composed into, if that is what the recipe says today."""
+    file = read_recipe(recipe)
+    folder = file.resolve(file.recipe.output.path)
+    if not (folder / LOCK_NAME).is_file():
+        raise UnknownRef(
+            f"{recipe} was not composed yet: {folder} holds no mixture",
+            hint=f"lorareg compose {recipe}",
+        )
+    prepare(file, registry=registry, force=True, lock=folder / LOCK_NAME, progress=progress)
+    return folder
 
 
 def _record(ref: str, registry: Registry) -> tuple[Path, AdapterRecord]:

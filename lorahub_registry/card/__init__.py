@@ -7,6 +7,7 @@ escaped, and a missing fact is an error, not a gap.
 
 from lorahub_registry.card.files import (
     FACTORY_NAME,
+    GATES_NAME,
     LOG_NAME,
     LOSS_NAME,
     RECIPE_NAME,
@@ -22,6 +23,7 @@ from lorahub_registry.card.page import render
 
 __all__ = [
     "FACTORY_NAME",
+    "GATES_NAME",
     "LOG_NAME",
     "LOSS_NAME",
     "RECIPE_NAME",

@@ -15,6 +15,7 @@ from lorahub_registry.errors import OutputError
 RESULTS_NAME = "results.json"
 RECIPE_NAME = "recipe.yaml"
 TRACE_NAME = "trace.png"
+GATES_NAME = "gates.png"
 FACTORY_NAME = "factory.yaml"
 LOSS_NAME = "loss.png"
 LOG_NAME = "training.jsonl"

@@ -12,12 +12,14 @@ import click
 from lorahub_registry import __version__
 from lorahub_registry.cli import (
     data,
+    explain,
     find,
     interrupt,
     mix,
     prove,
     publish,
     registry,
+    route,
     train,
     weights,
 )
@@ -38,10 +40,10 @@ lorareg --help lists every command.
 """
 
 SECTIONS: dict[str, list[click.Command]] = {
-    "Find": find.COMMANDS,
+    "Find": [*find.COMMANDS, *route.COMMANDS],
     "Mix": mix.COMMANDS,
     "Train": [*train.COMMANDS, *data.COMMANDS],
-    "Prove": prove.COMMANDS,
+    "Prove": [*prove.COMMANDS, *explain.COMMANDS],
     "Publish": publish.COMMANDS,
     "Weights": weights.COMMANDS,
     "Registry": registry.COMMANDS,

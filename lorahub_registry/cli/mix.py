@@ -185,9 +185,11 @@ def _plan_page(facts: dict[str, Any]) -> str:
     for member in facts["adapters"]:
         ref = member["ref"] if member["ref"] != member["name"] else ""
         lines.append(f"adapter   {member['name']}  rank {member['rank']}  {ref}".rstrip())
+    steps = f"{facts['steps']} steps of training and " if facts["steps"] else ""
+    rows = f"{facts['train_rows']} rows ({facts['train_tokens']:,} tokens)"
+    search = f"{steps}at most {facts['evaluations']} evaluations of {rows}"
     lines += [
-        f"method    {facts['method']}, at most {facts['evaluations']} evaluations of "
-        f"{facts['train_rows']} rows ({facts['train_tokens']:,} tokens)",
+        f"method    {facts['method']}, {search if facts['evaluations'] else 'nothing to learn'}",
         f"proof     {facts['models']} models on {facts['test_rows']} rows "
         f"({facts['test_tokens']:,} tokens)",
         f"memory    about {size(facts['memory_bytes'])} of weights; activations not counted",

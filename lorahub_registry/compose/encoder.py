@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lorahub_registry.compose.select import diverse
@@ -18,10 +18,17 @@ from lorahub_registry.recipes.template import render
 
 @dataclass(frozen=True)
 class Rows:
-    """The recipe's rows, read; empty where the recipe brings none."""
+    """The recipe's rows, read; empty where the recipe brings none.
+
+    Attributes:
+        examples: adapter → rows of its own, for a router of prompts.
+        known: adapter → where its rows lie, stored before: [width] at the base's middle layer.
+    """
 
     train: Sequence[Row] = ()
     test: Sequence[Row] = ()
+    examples: Mapping[str, Sequence[Row]] = field(default_factory=dict)
+    known: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 class Encoder:

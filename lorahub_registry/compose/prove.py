@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorahub_registry.compose.verdict import BASE, MIXTURE, UNIFORM, Verdict, judge
+from lorahub_registry.compose.verdict import (
+    BASE,
+    MIXTURE,
+    PLAIN,
+    STATIC,
+    UNIFORM,
+    Verdict,
+    judge,
+)
 from lorahub_registry.evaluate.base import LoadedBase
 from lorahub_registry.evaluate.measure import Measured, TestSet, measure
 from lorahub_registry.evaluate.nll import RowNLL, score
@@ -20,7 +28,11 @@ from lorahub_registry.weights.lowrank import Deltas, weighted_sum
 
 @dataclass(frozen=True)
 class Proof:
-    """The table and what it means; ``exact_nll`` is the mixture's before it was written."""
+    """The table and what it means.
+
+    Attributes:
+        exact_nll: the static mixture's before it was written.
+    """
 
     table: tuple[Measured, ...]
     verdict: Verdict
@@ -35,17 +47,24 @@ def prove(
     folder: Path,
     test: TestSet,
     *,
+    dynamic: Path | None = None,
+    static: Deltas | None = None,
     progress: Progress = silent,
 ) -> Proof:
     """Score everything on the same rows.
 
     Args:
         mixture: as it was computed; what is judged is what stock PEFT loads from ``folder``.
+        dynamic: the folder of a mixture that decides while it runs: it is judged then, and
+            ``folder`` holds its plain LoRA, which is one to compare with.
+        static: learned static coefficients' sum, to compare a dynamic mixture with.
     """
     scores: dict[str, RowNLL] = {}
     table = []
-    with progress.task("Proving", len(names) + 4, "model") as task:
-        for name, kind, on in _contestants(base, names, adapters, folder):
+    contestants = _contestants(base, names, adapters, folder, dynamic, static)
+    more = bool(dynamic) + bool(static)
+    with progress.task("Proving", len(names) + 4 + more, "model") as task:
+        for name, kind, on in contestants:
             task.describe(name)
             with on as model:
                 scores[name], measured = measure(model, base, name, kind, test, progress=progress)
@@ -58,14 +77,23 @@ def prove(
 
 
 def _contestants(
-    base: LoadedBase, names: Sequence[str], adapters: Sequence[Deltas], folder: Path
+    base: LoadedBase,
+    names: Sequence[str],
+    adapters: Sequence[Deltas],
+    folder: Path,
+    dynamic: Path | None,
+    static: Deltas | None,
 ) -> Iterator[tuple[str, str, AbstractContextManager[Any]]]:
     yield BASE, "base", nullcontext(base.model)
     for name, deltas in zip(names, adapters, strict=True):
         yield name, "adapter", _with(base, deltas)
     uniform = weighted_sum(adapters, [1 / len(adapters)] * len(adapters))
     yield UNIFORM, "uniform", _with(base, uniform)
-    yield MIXTURE, "mixture", stock_peft(base, folder)
+    if static is not None:
+        yield STATIC, "static", _with(base, static)
+    if dynamic is not None:
+        yield PLAIN, "plain", stock_peft(base, folder)
+    yield MIXTURE, "mixture", stock_peft(base, dynamic or folder)
 
 
 @contextmanager

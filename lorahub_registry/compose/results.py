@@ -7,7 +7,9 @@ from importlib.metadata import version
 from typing import Any
 
 from lorahub_registry import __version__
+from lorahub_registry.adapters.dynamic import FOLDER, PEFT_TYPE
 from lorahub_registry.compose.fit import Fitted
+from lorahub_registry.compose.routed import Routed
 from lorahub_registry.compose.run import Composition
 from lorahub_registry.evaluate.base import LoadedBase
 from lorahub_registry.evaluate.generation import NORMALISATION
@@ -55,6 +57,8 @@ def results(recipe: Recipe, base: LoadedBase, made: Composition) -> dict[str, An
     }
     if made.fitted:
         found |= _search(made.fitted)
+    if made.routed:
+        found["routing"] = _routing(made.routed)
     if made.proof:
         found["output"]["nll_before_writing"] = made.proof.exact_nll
         found["test"] = [asdict(m) for m in made.proof.table]
@@ -63,6 +67,23 @@ def results(recipe: Recipe, base: LoadedBase, made: Composition) -> dict[str, An
         if "exact_match" in recipe.evaluate:
             found["exact_match"] = NORMALISATION
     return found
+
+
+def _routing(routed: Routed) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "type": routed.router.type,
+        **asdict(routed.router),
+        "folder": FOLDER,
+        "peft_type": PEFT_TYPE,
+        "mean": {
+            layer: dict(zip(routed.experts, row, strict=True)) for layer, row in routed.mean.items()
+        },
+    }
+    if routed.loss:
+        facts["loss"] = [list(point) for point in routed.loss]
+    if routed.static:
+        facts["static"] = routed.static.mean()
+    return facts
 
 
 def _search(fitted: Fitted) -> dict[str, Any]:

@@ -8,21 +8,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lorahub_registry.adapters.compat import Member
+from lorahub_registry.adapters.dynamic import FOLDER
 from lorahub_registry.compose.bench import Means
 from lorahub_registry.compose.encoder import Encoder, Rows
 from lorahub_registry.compose.fit import Fitted, fit
 from lorahub_registry.compose.prove import Proof, prove
+from lorahub_registry.compose.routed import Routed, route
 from lorahub_registry.compose.static import Given, mix
-from lorahub_registry.compose.write import Written, check_applied, write_mixture
-from lorahub_registry.errors import IncompatibleAdapters, NotApplied
+from lorahub_registry.compose.write import (
+    Written,
+    check_applied,
+    check_decides,
+    write_mixture,
+)
+from lorahub_registry.errors import BaseModelError, IncompatibleAdapters, NotApplied
 from lorahub_registry.evaluate.base import LoadedBase
+from lorahub_registry.evaluate.hidden import centroid
 from lorahub_registry.evaluate.measure import TestSet, check_text
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.recipes.learned import Searched
 from lorahub_registry.recipes.model import Recipe
+from lorahub_registry.recipes.routed import Routed as AnyRouted
 from lorahub_registry.recipes.rows import overlap
 from lorahub_registry.recipes.static import Static
+from lorahub_registry.runtime.places import width_of
 from lorahub_registry.weights.files import load_deltas
 from lorahub_registry.weights.lowrank import Deltas
 
@@ -38,6 +50,7 @@ class Composition:
         tokens: how rows became tokens, with how many prompts were cut.
         change: largest change of a label's loss that the written adapter makes, in nats.
         fitted: None where the coefficients were given.
+        routed: of a mixture that decides while it runs; what is written is then its plain LoRA.
     """
 
     members: tuple[Member, ...]
@@ -46,6 +59,7 @@ class Composition:
     change: float
     tokens: dict[str, Any]
     fitted: Fitted | None = None
+    routed: Routed | None = None
     proof: Proof | None = None
     overlap: int = 0
     notes: list[str] = field(default_factory=list)
@@ -75,8 +89,17 @@ def compose(
     encoder = Encoder(recipe, base, progress)
     rows, train = encoder.train(rows)
     test = encoder(rows.test, "test")
-    fitted = None
-    if isinstance(recipe.method, Searched):
+    fitted = routed = None
+    if isinstance(recipe.method, AnyRouted):
+        routed = route(
+            recipe, members, base, train, folder, centroids=_centroids(base, encoder, rows),
+            means=means, progress=progress,
+        )  # fmt: skip
+        for text in routed.notes:
+            encoder.note(text)
+        coefficients, adapters = routed.coefficients, list(routed.adapters)
+        mixture = Given(routed.plain)
+    elif isinstance(recipe.method, Searched):
         fitted = fit(recipe, members, base, train, test, means=means, progress=progress)
         encoder.notes += fitted.warned
         for note in fitted.notes():
@@ -104,14 +127,21 @@ def compose(
             f"{too_long} of {len(test)} references are longer than max_new_tokens "
             f"({recipe.max_new_tokens}) and count as missed"
         )
-    change = check_applied(base, folder, test_batches or base.batches(train or check_text(base)))
+    looked_at = test_batches or base.batches(train or check_text(base))
+    change = check_applied(base, folder, looked_at)
+    if routed:
+        change = check_decides(base, folder / FOLDER, looked_at)
     proof = None
     if test:
         held_out = TestSet(
             test, test_batches, recipe.evaluate, recipe.max_new_tokens, recipe.data.eos
         )
         names = [m.name for m in members]
-        proof = prove(base, names, adapters, mixture.deltas, folder, held_out, progress=progress)
+        shown = routed.static.mixture if routed and routed.static else None
+        proof = prove(
+            base, names, adapters, mixture.deltas, folder, held_out,
+            dynamic=folder / FOLDER if routed else None, static=shown, progress=progress,
+        )  # fmt: skip
         for row in proof.table:
             if math.isfinite(row.nll):
                 continue
@@ -128,10 +158,31 @@ def compose(
         change=change,
         tokens=encoder.facts(),
         fitted=fitted,
+        routed=routed,
         proof=proof,
         overlap=shared,
         notes=encoder.notes,
     )
+
+
+def _centroids(base: LoadedBase, encoder: Encoder, rows: Rows) -> dict[str, torch.Tensor]:
+    """Where each adapter's own rows lie, for a router of prompts; empty for other methods.
+
+    Raises:
+        BaseModelError: what was stored of one is of another width.
+    """
+    found = {name: torch.tensor(vector) for name, vector in rows.known.items()}
+    for name, own in rows.examples.items():
+        tokens = encoder(own, f"{name}'s own")
+        found[name] = centroid(base, [row.prompt for row in tokens])
+    for name, vector in found.items():
+        if len(vector) != (width := width_of(base.model)):
+            raise BaseModelError(
+                f"{name}: what is stored of its rows has {len(vector)} numbers, and {base.name} is "
+                f"{width} wide",
+                hint=f"lorareg route --learn {name} --rows … stores it again",
+            )
+    return found
 
 
 def _check_modules(members: Sequence[Member], base: LoadedBase) -> None:

@@ -15,6 +15,7 @@ from lorahub_registry.evaluate.nll import RowNLL
 
 ERRORS = 2.0
 BASE, UNIFORM, MIXTURE = "base", "uniform average", "mixture"
+STATIC, PLAIN = "learned static coefficients", "plain LoRA with mean coefficients"
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ def judge(scores: Mapping[str, RowNLL], singles: list[str]) -> Verdict:
     """Compare ``mixture`` with every alternative in ``scores``, on the same rows.
 
     Args:
-        scores: under ``base``, ``uniform average``, ``mixture`` and the names in ``singles``.
+        scores: under ``base``, ``uniform average``, ``mixture`` and the names in ``singles``;
+            where the mixture is a dynamic one, static ones to compare it with, too.
     """
     finite = [name for name in singles if math.isfinite(scores[name].mean)]
     best = min(finite, key=lambda name: scores[name].mean, default=BASE)
@@ -52,10 +54,12 @@ def judge(scores: Mapping[str, RowNLL], singles: list[str]) -> Verdict:
         text = f"no better than {use}: use {use} ({_signed(difference, stderr)})"
         return Verdict(False, against, difference, stderr, text)
     text = f"beats {what} by {-difference:.3f} ± {stderr:.3f} NLL"
-    if UNIFORM in scores:
-        gap, error = scores[MIXTURE].minus(scores[UNIFORM])
+    for other in (UNIFORM, STATIC, PLAIN):
+        if other not in scores:
+            continue
+        gap, error = scores[MIXTURE].minus(scores[other])
         if gap >= -ERRORS * error:
-            text += f"; it is no better than the {UNIFORM} ({_signed(gap, error)})"
+            text += f"; it is no better than the {other} ({_signed(gap, error)})"
     return Verdict(True, against, difference, stderr, text)
 
 

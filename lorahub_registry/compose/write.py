@@ -138,6 +138,35 @@ def check_applied(base: LoadedBase, folder: Path, batches: Sequence[Batch]) -> f
     return float(done.abs().max())
 
 
+def check_decides(base: LoadedBase, folder: Path, batches: Sequence[Batch]) -> float:
+    """Whether the dynamic mixture in ``folder`` does anything, as PEFT loads it.
+
+    Returns:
+        Largest change of a label's loss against the base, in nats.
+
+    Raises:
+        NotApplied: it changes nothing, or what it gives is not finite.
+    """
+    sliced = keeps_logits(base.model)
+    change = 0.0
+    with torch.inference_mode():
+        for batch in sorted(batches, key=lambda b: b.labels.numel()):
+            before = token_losses(base.model, batch, sliced=sliced)
+            with stock_peft(base, folder) as model:
+                after = token_losses(model, batch, sliced=sliced)
+            change = float((after - before).abs().max())
+            if change != 0:
+                break
+    if not change > 0 or not math.isfinite(change):
+        raise NotApplied(
+            "the dynamic mixture, loaded by PEFT, changes nothing on these rows"
+            if change == 0
+            else "the dynamic mixture's losses are not finite",
+            hint="its adapters may be untrained, or overflow the base's dtype",
+        )
+    return change
+
+
 def _three_ways(base: LoadedBase, folder: Path, batch: Batch) -> tuple[torch.Tensor, ...]:
     """Losses of the labels: the base's, with the written tensors on it, and by stock PEFT."""
     sliced = keeps_logits(base.model)

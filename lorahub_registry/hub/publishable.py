@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lorahub_registry.adapters.bases import is_local_base
 from lorahub_registry.adapters.config import CONFIG_NAME, parse_config
+from lorahub_registry.adapters.dynamic import FOLDER
 from lorahub_registry.adapters.readme import read_card
 from lorahub_registry.adapters.tensors import WEIGHTS_NAME, read_header
 from lorahub_registry.errors import OutputError
@@ -53,29 +54,45 @@ def collect(folder: Path, *, token: str | None = None) -> tuple[list[LocalFile],
             f"{folder}: no {missing[0]} there, so nothing to publish",
             hint="give the folder that compose or convert wrote",
         )
-    files = [_read(folder / name) for name in names if _is_ours(name)]
+    inner = _inner(folder)
+    wanted = [name for name in [*names, *inner] if _is_ours(name)]
+    files = [_read(folder, name) for name in sorted(wanted)]
     places = _places(folder)
     for file in files:
         for what in _found(_text(file), token, places):
             raise OutputError(f"{file.path} holds {what}; nothing was published", hint=_HINT)
     _check_bases(files)
-    return files, [name for name in names if not _is_ours(name)]
+    left = [name for name in [*names, *inner] if not _is_ours(name)]
+    return files, [name for name in left if not (inner and name == FOLDER)]
+
+
+def _inner(folder: Path) -> list[str]:
+    """What is in the part of a mixture that decides while it runs, and what has to be."""
+    if not (folder / FOLDER / CONFIG_NAME).is_file():
+        return []
+    there = {path.name for path in (folder / FOLDER).iterdir()}
+    return sorted(f"{FOLDER}/{name}" for name in there.union(NEEDED))
 
 
 def _is_ours(name: str) -> bool:
-    hidden = name.startswith(".")
+    hidden, inner = name.startswith("."), name.removeprefix(f"{FOLDER}/")
+    if inner != name:
+        return inner in NEEDED
     return name in {*NEEDED, README, *LINEAGE} or (name.endswith(".png") and not hidden)
 
 
-def _read(path: Path) -> LocalFile:
-    if path.is_symlink() and not path.resolve().is_relative_to(path.parent.resolve()):
+def _read(folder: Path, name: str) -> LocalFile:
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
         raise OutputError(f"{path}: leads out of its folder", hint="put the file itself there")
+    if not path.exists():
+        raise OutputError(f"{path}: no such file, so no mixture", hint="compose it again")
     if not path.is_file():
         raise OutputError(f"{path}: not a file", hint="take it out of the folder")
     if path.name == WEIGHTS_NAME:
-        return LocalFile(path.name, path, path.stat().st_size)
+        return LocalFile(name, path, path.stat().st_size)
     content = path.read_bytes()
-    return LocalFile(path.name, path, len(content), content)
+    return LocalFile(name, path, len(content), content)
 
 
 def _text(file: LocalFile) -> str:
@@ -124,10 +141,11 @@ def _check_bases(files: list[LocalFile]) -> None:
         OutputError: it is a path, or the README's front matter cannot be read.
     """
     contents = {file.name: file for file in files}
-    config = contents[CONFIG_NAME]
-    base = parse_config(config.content or b"", where=str(config.path)).base
-    if base and is_local_base(base):
-        raise _local(config, base)
+    for place in (CONFIG_NAME, f"{FOLDER}/{CONFIG_NAME}"):
+        if (config := contents.get(place)) is not None:
+            base = parse_config(config.content or b"", where=str(config.path)).base
+            if base and is_local_base(base):
+                raise _local(config, base)
     readme = contents.get(README)
     if readme is None:
         return

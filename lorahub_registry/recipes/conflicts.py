@@ -10,7 +10,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
+from lorahub_registry.recipes.method import MethodBase
 from lorahub_registry.recipes.methods import METHODS
+from lorahub_registry.recipes.routed import Routed
 from lorahub_registry.recipes.template import names_used
 
 Path = tuple[str | int, ...]
@@ -46,21 +50,24 @@ def conflicts(recipe: Mapping[str, Any]) -> Iterator[Conflict]:
     yield from _twice(entries)
     if method is not None:
         name, learned = method.name(), method.coefficients == "learned"
+        finds = "decides" if method.dynamic else "learns"
         for i, entry in enumerate(entries):
             given = entry.get("coefficient") is not None
-            if learned and given:
-                yield Conflict(
-                    ("adapters", i, "coefficient"),
-                    f"method {name} learns the coefficients; remove this one, or use linear",
-                )
-            elif not learned and "search" in entry:
+            if method.coefficients != "given":
+                if given:
+                    yield Conflict(
+                        ("adapters", i, "coefficient"),
+                        f"method {name} {finds} the coefficients; remove this one, or use linear",
+                    )
+            elif "search" in entry:
                 yield Conflict(
                     ("adapters", i),
                     f"method {name} needs a coefficient for each adapter, and a search gives "
                     "none; name the adapters",
                 )
-            elif not learned and not given and entry:
+            elif not given and entry:
                 yield Conflict(("adapters", i), f"method {name} needs its coefficient here")
+        yield from _names(method, recipe, entries)
         if learned and _at(recipe, "data", "train") is None:
             yield Conflict(("data", "train"), f"is missing; method {name} learns from its rows")
         entrywise = getattr(method, "form", None) == "entries"
@@ -78,6 +85,26 @@ def conflicts(recipe: Mapping[str, Any]) -> Iterator[Conflict]:
     one, other = recipe.get("license"), _at(recipe, "publish", "license")
     if one is not None and other is not None and one != other:
         yield Conflict(("publish", "license"), f"is {other!r}, but license says {one!r}")
+
+
+def _names(
+    method: type[MethodBase], recipe: Mapping[str, Any], entries: list[Mapping[str, Any]]
+) -> Iterator[Conflict]:
+    """What a method says of adapters, where they all have names by the recipe."""
+    found = any("search" in entry for entry in entries)
+    if not issubclass(method, Routed) or not entries or found:
+        return
+    names = [entry.get("name") for entry in entries]
+    try:
+        made = method.model_validate(recipe["method"])
+    except ValidationError:
+        return  # told by the fields themselves
+    named = all(isinstance(name, str) for name in names)
+    for key, text in made.problems([str(name) for name in names]):
+        if not key:
+            yield Conflict(("adapters",), text)
+        elif named:
+            yield Conflict(("method", key), text)
 
 
 def _twice(entries: list[Mapping[str, Any]]) -> Iterator[Conflict]:

@@ -32,7 +32,9 @@ class MethodBase(Strict):
 
     Attributes:
         info: title and paper.
-        coefficients: ``given`` in the recipe, one an adapter, or ``learned`` from its rows.
+        coefficients: ``given`` in the recipe, one an adapter; ``learned`` from its rows; or
+            ``routed``: decided while the mixture runs.
+        dynamic: whether they change from token to token, or from prompt to prompt.
         form: what they multiply: ``delta``, ``factor`` or ``entries``; a field where it is an
             option.
     """
@@ -41,7 +43,8 @@ class MethodBase(Strict):
     model_config = ConfigDict(json_schema_extra={"required": ["type"]})
 
     info: ClassVar[MethodInfo]
-    coefficients: ClassVar[Literal["given", "learned"]]
+    coefficients: ClassVar[Literal["given", "learned", "routed"]]
+    dynamic: ClassVar[bool] = False
 
     type: str  # here, so that it is written first
 
@@ -54,3 +57,8 @@ class MethodBase(Strict):
     def learns(self) -> bool:
         """Whether it needs ``data.train``."""
         return self.coefficients == "learned"
+
+    @property
+    def reads_train(self) -> bool:
+        """Whether it reads ``data.train`` where the recipe has it."""
+        return self.coefficients != "given"

@@ -1,18 +1,22 @@
-"""From a pickled ``adapter_model.bin`` to safetensors, in a child process.
+"""From pickled tensors to safetensors, in a child process.
 
 The one place in the project that unpickles. The child runs ``torch.load(weights_only=True)``,
 which builds tensors and nothing else, under limits of time and memory; the parent takes only the
-safetensors file that it wrote, and checks it against the adapter's config.
+safetensors file that it wrote, and checks it: an adapter's against its config.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from lorahub_registry.adapters.config import CONFIG_NAME
 from lorahub_registry.adapters.facts import AdapterFacts, facts_of, read_config
 from lorahub_registry.adapters.tensors import PICKLE_NAME, WEIGHTS_NAME, read_header
 from lorahub_registry.errors import BrokenAdapter, OutputError, UnknownRef
@@ -35,10 +39,17 @@ save_file(tensors, target, metadata={"format": "pt"})
 """
 
 
-def convert(folder: Path, *, timeout_s: float = 600.0, memory: int | None = None) -> AdapterFacts:
+def convert(
+    folder: Path,
+    *,
+    into: Path | None = None,
+    timeout_s: float = 600.0,
+    memory: int | None = None,
+) -> AdapterFacts:
     """Write ``adapter_model.safetensors`` beside the ``.bin`` in ``folder``; the pickle stays.
 
     Args:
+        into: write it there instead, with a copy of the config; the folder exists already.
         timeout_s: seconds after which the child is killed.
         memory: bytes that the child may take; by default four times the file and 4 GiB.
 
@@ -51,7 +62,7 @@ def convert(folder: Path, *, timeout_s: float = 600.0, memory: int | None = None
         BrokenAdapter: the pickle is damaged, holds more than tensors, or is not the config's.
     """
     config = read_config(folder)
-    source, target = folder / PICKLE_NAME, folder / WEIGHTS_NAME
+    source, target = folder / PICKLE_NAME, (into or folder) / WEIGHTS_NAME
     if target.exists():
         raise OutputError(f"{target} is there already", hint="nothing to convert")
     if not source.is_file():
@@ -61,18 +72,36 @@ def convert(folder: Path, *, timeout_s: float = 600.0, memory: int | None = None
             f"{source}: a merged LoRA of PEFT before 0.3 (enable_lora), whose B is laid out "
             "otherwise; PEFT cannot load it either"
         )
-    try:
-        handle, part = tempfile.mkstemp(dir=folder, prefix=".convert.", suffix=".safetensors")
-        os.close(handle)
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be written: {error.strerror}") from None
-    try:
-        limit = memory or 4 * source.stat().st_size + (4 << 30)
-        _run(source, Path(part), timeout_s, limit)
-        facts = facts_of(config, read_header(Path(part)), where=str(source))
+    with unpickled(source, beside=target.parent, timeout_s=timeout_s, memory=memory) as part:
+        facts = facts_of(config, read_header(part), where=str(source))
+        if into is not None:
+            shutil.copyfile(folder / CONFIG_NAME, into / CONFIG_NAME)
         os.chmod(part, 0o644)
         os.replace(part, target)
         return facts
+
+
+@contextmanager
+def unpickled(
+    source: Path, *, beside: Path, timeout_s: float = 600.0, memory: int | None = None
+) -> Iterator[Path]:
+    """A pickle's tensors as a safetensors file in ``beside``, which goes at the end of the block.
+
+    Args:
+        timeout_s, memory: see :func:`convert`.
+
+    Raises:
+        OutputError: ``beside`` cannot be written.
+        BrokenAdapter: the pickle is damaged, or holds more than named tensors.
+    """
+    try:
+        handle, part = tempfile.mkstemp(dir=beside, prefix=".convert.", suffix=".safetensors")
+        os.close(handle)
+    except OSError as error:
+        raise OutputError(f"{beside} cannot be written: {error.strerror}") from None
+    try:
+        _run(source, Path(part), timeout_s, memory or 4 * source.stat().st_size + (4 << 30))
+        yield Path(part)
     finally:
         Path(part).unlink(missing_ok=True)
 

@@ -1,0 +1,154 @@
+"""A task that changes its style in mid-text: token gates against the best static mixture.
+
+    python benchmarks/switch.py
+
+Rows are running text of TinyStories: a sentence to start from, then four more of which the first
+two call everybody Zog and the last two end in ", arr!" and leave names alone. No static mixture of
+the two adapters (names, pirates) suits both halves. Gates (LoRA-Flow, one a layer) are trained on
+200 rows with five seeds; the static mixtures learn on the same rows, with one coefficient an
+adapter, one a group of layers, and one a module. Arrow and the uniform average learn nothing.
+Figures are the NLL (nats a token) of 200 held-out rows from another part of the text; differences
+are paired by row. Test rows share no sentence with training rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import common
+import torch
+import transformers
+from shelf import changes, stories
+from tasks import DATA, MODELS
+
+import lorahub_registry as lr
+from lorahub_registry.registry.store import Registry
+
+ROWS, SEEDS, LONGEST = 200, 5, 420
+GATES: common.Json = {"learning_rate": 1e-2}
+"""Ten times the published rate: the bases are a thousand times smaller."""
+STATIC: dict[str, common.Json] = {
+    "learned, one a model": {"type": "learn", "optimizer": "gradient"},
+    "learned, one a group of layers": {
+        "type": "learn",
+        "optimizer": "gradient",
+        "per": "layer_group",
+    },
+    "learned, one a module": {"type": "learn", "optimizer": "gradient", "per": "module"},
+}
+
+
+def rows() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """(training rows, test rows), each of five sentences that no other row has."""
+    change, found = changes(), []
+    seen: set[str] = set()
+    sentences = stories()
+    for n in range(0, len(sentences) - 4, 5):
+        five = sentences[n : n + 5]
+        if seen.isdisjoint(five) and sum(map(len, five)) <= LONGEST:
+            seen.update(five)
+            first, second = change["zog"](" ".join(five[1:3])), change["arr"](" ".join(five[3:]))
+            found.append({"input": change["zog"](five[0]), "output": f"{first} {second}"})
+    assert len(found) >= 2 * ROWS
+    return found[:ROWS], found[-ROWS:]
+
+
+class Bench:
+    """One model: recipes composed in a folder of their own."""
+
+    def __init__(self, model: str, place: Path, count: int) -> None:
+        self._model, self._place = model, place
+        for name, part in zip(("train", "test"), rows(), strict=True):
+            text = "".join(json.dumps(row) + "\n" for row in part[:count])
+            (place / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+    def composed(self, method: common.Json, seed: int = 0) -> tuple[common.Json, float]:
+        """(results, CPU seconds) of one recipe."""
+        recipe = {
+            "version": 1,
+            "name": "switch",
+            "base": str(DATA / "models" / self._model),
+            "adapters": [str(DATA / "adapters" / self._model / name) for name in ("zog", "arr")],
+            "method": method,
+            "data": {
+                name: {"path": str(self._place / f"{name}.jsonl")} for name in ("train", "test")
+            },
+            "output": {"path": str(self._place / "out")},
+            "seed": seed,
+        }
+        begin = time.process_time()
+        with Registry(self._place / "registry.sqlite") as registry:
+            made = lr.compose(recipe, registry=registry, force=True)
+        return made.results, time.process_time() - begin
+
+
+def nll(results: common.Json, name: str) -> float:
+    """Of one row of its table."""
+    return round(next(row["nll"] for row in results["test"] if row["name"] == name), 4)
+
+
+def measured(model: str, count: int, seeds: int, quick: bool) -> common.Json:
+    """All ways on one model."""
+    found: common.Json = {}
+    with tempfile.TemporaryDirectory() as place:
+        bench = Bench(model, Path(place), count)
+        for way, method in STATIC.items():
+            results, seconds = bench.composed(method)
+            if not found:
+                for name in ("base", "zog", "arr", "uniform average"):
+                    found[name] = nll(results, name)
+            found[way] = nll(results, "mixture")
+        found["arrow"] = nll(bench.composed({"type": "arrow", "top_k": 1})[0], "mixture")
+        training = GATES | ({"max_steps": 3} if quick else {})
+        gates = []
+        for seed in range(seeds):
+            results, seconds = bench.composed({"type": "lora_flow", "training": training}, seed)
+            gates.append(
+                {
+                    "nll": nll(results, "mixture"),
+                    "plain": nll(results, "plain LoRA (mean coefficients)"),
+                    "verdict": results["verdict"]["text"],
+                    "cpu_s": common.rounded(seconds),
+                }
+            )
+            print(model, seed, gates[-1], flush=True)
+        values = [each["nll"] for each in gates]
+        found["gates"] = {
+            "mean": round(statistics.fmean(values), 4),
+            "std": round(statistics.stdev(values), 4),
+            "seeds": gates,
+        }
+        found["best_static"] = min(found[way] for way in STATIC)
+        found["gates_beat_best_static"] = max(values) < found["best_static"]
+    print(model, {k: v for k, v in found.items() if k != "gates"}, found["gates"]["mean"])
+    return found
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure, print and write."""
+    transformers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(args.threads)
+    environment = common.environment(
+        ("torch", "transformers", "peft"), threads=args.threads, seeds={"gates": list(range(SEEDS))}
+    )
+    models = MODELS[:1] if args.quick else MODELS
+    count, seeds = (20, 2) if args.quick else (ROWS, SEEDS)
+    common.write(
+        "switch",
+        args,
+        {
+            "benchmark": "switch",
+            "work": {"train_rows": count, "test_rows": count, "gates": GATES},
+            "models": {m: measured(m, count, seeds, args.quick) for m in models},
+            "environment": environment | {"load_after": common.load()},
+        },
+    )
+
+
+if __name__ == "__main__":
+    main(common.options(__doc__, device=False).parse_args())
