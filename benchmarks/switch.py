@@ -111,7 +111,7 @@ def measured(model: str, count: int, seeds: int, quick: bool) -> common.Json:
             gates.append(
                 {
                     "nll": nll(results, "mixture"),
-                    "plain": nll(results, "plain LoRA (mean coefficients)"),
+                    "plain": nll(results, "plain LoRA with mean coefficients"),
                     "verdict": results["verdict"]["text"],
                     "cpu_s": common.rounded(seconds),
                 }
@@ -138,16 +138,20 @@ def main(args: argparse.Namespace) -> None:
     )
     models = MODELS[:1] if args.quick else MODELS
     count, seeds = (20, 2) if args.quick else (ROWS, SEEDS)
-    common.write(
-        "switch",
-        args,
-        {
-            "benchmark": "switch",
-            "work": {"train_rows": count, "test_rows": count, "gates": GATES},
-            "models": {m: measured(m, count, seeds, args.quick) for m in models},
-            "environment": environment | {"load_after": common.load()},
-        },
-    )
+    found: common.Json = {}
+    for model in models:
+        found[model] = measured(model, count, seeds, args.quick)
+        # After each: the larger model takes long.
+        common.write(
+            "switch",
+            args,
+            {
+                "benchmark": "switch",
+                "work": {"train_rows": count, "test_rows": count, "gates": GATES},
+                "models": found,
+                "environment": environment | {"load_after": common.load()},
+            },
+        )
 
 
 if __name__ == "__main__":

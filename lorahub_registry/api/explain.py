@@ -16,9 +16,7 @@ from lorahub_registry.adapters.dynamic import (
 )
 from lorahub_registry.adapters.facts import read_config
 from lorahub_registry.api.listen import listen
-from lorahub_registry.api.talk import Loaded, load
-from lorahub_registry.api.talk import _composed as composed
-from lorahub_registry.api.talk import _record as record_of
+from lorahub_registry.api.talk import Loaded, composed, load, record_of
 from lorahub_registry.api.voices import Voices
 from lorahub_registry.card import RECIPE_NAME, RESULTS_NAME
 from lorahub_registry.errors import DataError, IncompatibleAdapters, UsageError

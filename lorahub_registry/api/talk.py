@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorahub_registry.adapters.compat import Member, check_base, check_sum, check_weights
-from lorahub_registry.adapters.dynamic import folder_to_run
+from lorahub_registry.adapters.dynamic import PEFT_TYPE, folder_to_run
 from lorahub_registry.adapters.facts import read_facts
 from lorahub_registry.api.bases import ResolvedBase, base_of
 from lorahub_registry.api.prepare import prepare, read_recipe
@@ -83,11 +83,12 @@ def load(
             )
     from peft import PeftModel
 
-    import lorahub_registry.runtime  # noqa: F401 - PEFT learns our type
+    # With it PEFT learns our type, too.
+    from lorahub_registry.runtime.room import check_room
 
     if str(ref).endswith((".yaml", ".yml")):
-        ref = _composed(Path(ref), registry, progress)
-    folder, record = _record(str(ref), registry)
+        ref = composed(Path(ref), registry, progress)
+    folder, record = record_of(str(ref), registry)
     member = _member(folder, record)
     check_weights(member)
     if is_xlora(member):
@@ -103,12 +104,14 @@ def load(
     if is_xlora(member):
         model = load_xlora(loaded.model, member, adapter="adapter")
         return Loaded(record.name, model, loaded.tokenizer, _template(folder), loaded)
+    inner = folder_to_run(folder)
+    facts = read_facts(inner)
+    if facts.config.peft_type == PEFT_TYPE:
+        check_room(4 * (facts.parameters or 0), loaded.device, f"the experts of {record.name}")
     with warnings.catch_warnings():
         # PEFT asks transformers by a name that it is about to lose; nobody here can mend that.
         warnings.simplefilter("ignore", FutureWarning)
-        model = PeftModel.from_pretrained(
-            loaded.model, str(folder_to_run(folder)), adapter_name="adapter"
-        )
+        model = PeftModel.from_pretrained(loaded.model, str(inner), adapter_name="adapter")
     return Loaded(record.name, model.eval(), loaded.tokenizer, _template(folder), loaded)
 
 
@@ -139,14 +142,14 @@ def generate(
     """
     from lorahub_registry.evaluate.quiet import threads_for
 
-    folder, record = _record(ref, registry)
+    folder, record = record_of(ref, registry)
     names = [record.name]
     own = _members_of(folder, registry)
     members: list[Member | None] = [_member(folder, record)]
     for other in against:
         names.append(other)
         meant = own.get(other, other)
-        members.append(None if other == BASE else _member(*_record(meant, registry)))
+        members.append(None if other == BASE else _member(*record_of(meant, registry)))
     if len(set(names)) < len(names):
         raise UsageError(f"{max(names, key=names.count)!r} is named twice")
     present = [m for m in members if m is not None]
@@ -232,7 +235,7 @@ def _answer(
     return str(base.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
-def _composed(recipe: Path, registry: Registry, progress: Progress) -> Path:
+def composed(recipe: Path, registry: Registry, progress: Progress) -> Path:
     """The folder that a recipe was composed into, if that is what the recipe says today."""
     file = read_recipe(recipe)
     folder = file.resolve(file.recipe.output.path)
@@ -245,7 +248,12 @@ def _composed(recipe: Path, registry: Registry, progress: Progress) -> Path:
     return folder
 
 
-def _record(ref: str, registry: Registry) -> tuple[Path, AdapterRecord]:
+def record_of(ref: str, registry: Registry) -> tuple[Path, AdapterRecord]:
+    """The folder that ``ref`` means, and what is known of it.
+
+    Raises:
+        UnknownRef: nothing has that name, or its files are not on this machine.
+    """
     folder = expand(ref)
     if looks_like_path(ref) or (folder / "adapter_config.json").is_file():
         try:

@@ -122,7 +122,7 @@ def xlora_on(base: LoadedBase, member: Member) -> Iterator[Any]:
     Raises:
         NotApplied, BrokenAdapter: see :func:`load_xlora`.
     """
-    from lorahub_registry.evaluate.stock import _unload as unload
+    from lorahub_registry.evaluate.stock import unload
 
     use_cache = base.model.config.use_cache
     try:

@@ -29,6 +29,7 @@ from lorahub_registry.recipes.routed import LEARN, UNIFORM, Arrow, LoraFlow, Pro
 from lorahub_registry.recipes.routed import Routed as AnyRouted
 from lorahub_registry.runtime.mixture import Coefficients
 from lorahub_registry.runtime.places import layer_of, place_of
+from lorahub_registry.runtime.room import check_room
 from lorahub_registry.weights.dynamic import Origin, save_dynamic
 from lorahub_registry.weights.files import load_deltas
 from lorahub_registry.weights.lowrank import Deltas, LowRank, weighted_sum
@@ -85,6 +86,8 @@ def route(
     method.check_names([m.name for m in members])
     router = _router(method, len(members), base)
     _check_places(router, members, base.model)
+    size = sum(4 * (m.facts.parameters or 0) for m in members)
+    check_room(size, base.device, f"the {len(members)} adapters")
     deltas: dict[str, Deltas] = {m.name: load_deltas(m.folder, m.facts) for m in members}
     static = _static(recipe, members, base, train, notes, means, progress)
     experts = _experts(method, deltas) if isinstance(method, Arrow) else deltas

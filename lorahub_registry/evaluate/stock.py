@@ -43,10 +43,10 @@ def stock_peft(base: LoadedBase, folder: Path, *, is_trainable: bool = False) ->
         wrapped.eval()
         yield wrapped
     finally:
-        _unload(base.model)
+        unload(base.model)
 
 
-def _unload(model: Any) -> None:
+def unload(model: Any) -> None:
     """Put the base's own modules back, also where PEFT stopped half-way."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 

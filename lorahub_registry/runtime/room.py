@@ -28,6 +28,6 @@ def check_room(needed: int, device: torch.device, what: str) -> None:
     where = "on the GPU" if device.type == "cuda" else "of memory"
     raise IncompatibleAdapters(
         f"{what} take {needed / 1e9:.1f} GB in float32, and {free / 1e9:.1f} GB {where} are free",
-        hint="take fewer adapters: `method: {type: learn, screen: {keep: 4}}` tells which are worth "
-        "it, `lorareg route --top-k` which a prompt needs",
+        hint="take fewer adapters: `method: {type: learn, screen: {keep: 4}}` tells which are "
+        "worth it, `lorareg route --top-k` which a prompt needs",
     )

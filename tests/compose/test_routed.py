@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -324,3 +325,14 @@ def test_a_divergence_leaves_nothing_on_the_base(tiny_llama: tiny.Tiny, tmp_path
     with pytest.raises(NotApplied, match="diverged"):
         compose(wanted, members, base, Rows(rows(4), rows(4)), out)
     assert torch.equal(logits(base.model), before)
+
+
+def test_adapters_larger_than_memory_are_refused_before_they_are_read(
+    tiny_llama: tiny.Tiny, tmp_path: Path
+) -> None:
+    wanted = recipe({"type": "arrow"}, [{"ref": f"./{kind}", "name": kind} for kind in THREE])
+    members = [member(tiny_llama.adapter(kind)) for kind in THREE]
+    members[1] = replace(members[1], facts=replace(members[1].facts, parameters=10**14))
+    with pytest.raises(IncompatibleAdapters, match=r"the 3 adapters take 400000\.. GB"):
+        compose(wanted, members, tiny_llama.base(), Rows(), tmp_path)
+    assert not list(tmp_path.iterdir())
