@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lorahub_registry.api.dare import dare
+    from lorahub_registry.api.explain import explain
     from lorahub_registry.api.extract import extract
     from lorahub_registry.api.find import pull, search, sync
     from lorahub_registry.api.index import add
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from lorahub_registry.api.mix import Mixture, compose
     from lorahub_registry.api.publish import card, push
     from lorahub_registry.api.resize import resize
+    from lorahub_registry.api.route import route
     from lorahub_registry.api.talk import Loaded, load
     from lorahub_registry.api.train import Trained, train
     from lorahub_registry.errors import LoraregError
@@ -46,6 +48,7 @@ __all__ = [
     "card",
     "compose",
     "dare",
+    "explain",
     "extract",
     "load",
     "lorahub_inference",
@@ -54,6 +57,7 @@ __all__ = [
     "pull",
     "push",
     "resize",
+    "route",
     "search",
     "sync",
     "train",
@@ -69,6 +73,7 @@ _WHERE = {
     "card": "api.publish",
     "compose": "api.mix",
     "dare": "api.dare",
+    "explain": "api.explain",
     "extract": "api.extract",
     "load": "api.talk",
     "lorahub_inference": "api.lorahub",
@@ -77,6 +82,7 @@ _WHERE = {
     "pull": "api.find",
     "push": "api.publish",
     "resize": "api.resize",
+    "route": "api.route",
     "search": "api.find",
     "sync": "api.find",
     "train": "api.train",

@@ -269,3 +269,67 @@ def test_a_loss_that_is_no_number_is_said_in_words() -> None:
     found = facts()
     found["test"][1]["nll"] = found["test"][1]["nll_stderr"] = None
     assert "| not finite |" in render(found, RECIPE)
+
+
+def decides(routing: dict[str, Any], *, train: bool = True, **more: Any) -> dict[str, Any]:
+    """What ``results.json`` holds of a mixture that decides while it runs."""
+    rows = {"train": {"rows": 64, "output_tokens": 900, "prompts_cut": 0}} if train else {}
+    found = facts(
+        method={"type": routing["type"], "general": []},
+        about={"title": "T", "summary": "S.", "paper": "P", "link": "https://p"},
+        routing={
+            "temperature": 1.0, "folder": "dynamic", "peft_type": "LORA_MIXTURE",
+            "mean": {f"model.layers.{i}": {"zog": 0.75, "arr": -0.125} for i in range(2)},
+            **routing,
+        },
+        seed=0,
+        **more,
+    )  # fmt: skip
+    found["tokens"] |= rows
+    found["test"].insert(-1, measured("plain LoRA with mean coefficients", "plain", 1.51))
+    return found
+
+
+FLOW = {"type": "lora_flow", "loss": [[1, 2.0], [2, 1.5]]}
+TABLE = "| model.layers.1 | +0.7500 | -0.1250 |"
+
+
+@pytest.mark.parametrize(
+    ("routing", "said", "by_layer"),
+    [
+        ({**FLOW, "per": "layer"}, "with each layer's mean coefficients over the tokens", True),
+        ({**FLOW, "per": "module"}, "with each module's mean coefficients over the tokens", True),
+        ({"type": "arrow", "top_k": 2}, "with each module's mean coefficients over", True),
+        ({**FLOW, "per": "model"}, "with each adapter's mean coefficient over the tokens", False),
+        ({"type": "prompt_router", "top_k": 1, "layer": 2},
+         "with each adapter's mean coefficient over the training rows; the longer a row", False),
+    ],
+)  # fmt: skip
+def test_a_card_says_what_the_plain_lora_has_the_means_of(
+    routing: dict[str, Any], said: str, by_layer: bool
+) -> None:
+    card = render(decides(routing), RECIPE)
+    assert said in card
+    assert (TABLE in card) is by_layer
+    assert ("holds for every layer alike" in card) is not by_layer
+    assert "no training rows" not in card
+    assert "over the best of all other rows of the table" in card
+
+
+@pytest.mark.parametrize(
+    "routing",
+    [{"type": "arrow", "top_k": 2}, {"type": "prompt_router", "top_k": 1, "layer": 2}],
+)
+def test_a_card_of_a_mixture_without_rows_says_so(routing: dict[str, Any]) -> None:
+    card = render(decides(routing, train=False), RECIPE)
+    assert "with the same coefficient for each: no rows told others." in card
+    assert "There were no training rows, so the plain LoRA has the uniform average." in card
+    assert TABLE not in card
+    assert "holds for every layer alike" not in card
+
+
+def test_the_front_matter_has_the_scores_of_what_the_root_holds() -> None:
+    card = render(decides({**FLOW, "per": "layer"}), RECIPE)
+    [metric] = front(card)["model-index"][0]["results"][0]["metrics"]
+    assert metric["value"] == 1.51
+    assert "| **mixture** | 1.4620 ± 0.0100 | 200 |" in card

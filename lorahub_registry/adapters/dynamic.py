@@ -117,10 +117,15 @@ _ROUTERS: dict[str, type[Any]] = {r.type: r for r in (Constant, LoraFlow, Arrow,
 
 @dataclass(frozen=True)
 class Dynamic:
-    """A mixture that decides as it runs."""
+    """A mixture that decides as it runs.
+
+    Attributes:
+        sha256: of the router, its tensors, and whom it chooses among.
+    """
 
     experts: tuple[Expert, ...]
     router: Router
+    sha256: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -135,7 +140,7 @@ class Dynamic:
         """As it stands in the config."""
         experts = [{k: v for k, v in asdict(e).items() if v or k == "r"} for e in self.experts]
         router = {"type": self.router.type, **asdict(self.router)}
-        return {"version": VERSION, "experts": experts, "router": router}
+        return {"version": VERSION, "experts": experts, "router": router, "sha256": self.sha256}
 
 
 def parse_dynamic(raw: Any, *, where: str) -> Dynamic:
@@ -152,7 +157,9 @@ def parse_dynamic(raw: Any, *, where: str) -> Dynamic:
                 hint="pip install --upgrade lorareg",
             )
         found = Dynamic(
-            tuple(Expert(**entry) for entry in raw["experts"]), _router(dict(raw["router"]))
+            tuple(Expert(**entry) for entry in raw["experts"]),
+            _router(dict(raw["router"])),
+            raw.get("sha256"),
         )
         _check(found)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lorahub_registry.adapters.dynamic import Dynamic
+from lorahub_registry.adapters.layer_order import layer_order
 from lorahub_registry.api.voices import Line, Voices
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def _heard(
     found: dict[str, list[Line | None]] = {}
     with model.watching(seen):
         yield found
-    for layer in sorted(sums, key=_number):
+    for layer in sorted(sums, key=layer_order):
         lines = (sums[layer] / counts[layer]).tolist()
         there = zip(lines, counts[layer].tolist(), read[layer].tolist(), strict=True)
         found[layer] = [
@@ -128,8 +129,3 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
-
-
-def _number(layer: str) -> list[tuple[int, str]]:
-    """Sorts ``layers.2`` before ``layers.10``."""
-    return [(int(p), "") if p.isdigit() else (0, p) for p in layer.split(".")]

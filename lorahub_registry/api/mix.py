@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lorahub_registry.adapters.compat import Member
 from lorahub_registry.api.gates_figure import draw_gates
 from lorahub_registry.api.output import new_folder
@@ -22,7 +24,7 @@ from lorahub_registry.api.prepare import (
 from lorahub_registry.api.resume import means_of
 from lorahub_registry.api.trace import draw_trace
 from lorahub_registry.card import RECIPE_NAME, RESULTS_NAME, write_card
-from lorahub_registry.errors import LoraregError, UsageError
+from lorahub_registry.errors import BaseModelError, LoraregError, UsageError
 from lorahub_registry.lock import LOCK_NAME
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.recipes import Recipe, RecipeFile, to_yaml
@@ -37,6 +39,7 @@ from lorahub_registry.registry.records import (
 from lorahub_registry.registry.store import Registry
 
 if TYPE_CHECKING:
+    from lorahub_registry.compose.encoder import Rows
     from lorahub_registry.compose.run import Composition
     from lorahub_registry.evaluate.base import LoadedBase
 
@@ -117,10 +120,9 @@ def compose(
         loaded = _loaded(ready, base)
     with new_folder(ready.out, force=force) as folder:
         from lorahub_registry.compose import run
-        from lorahub_registry.compose.encoder import Rows
         from lorahub_registry.evaluate.quiet import threads_for
 
-        rows = Rows(ready.train, ready.test, ready.examples, ready.known)
+        rows = _rows(ready, loaded)
         with threads_for(loaded.model), means_of(ready, loaded, registry, jobs, progress) as means:
             made = run.compose(
                 ready.recipe, ready.members, loaded, rows, folder, means=means, progress=progress
@@ -149,11 +151,33 @@ def _loaded(ready: Prepared, base: tuple[Any, Any] | None) -> LoadedBase:
     )
 
 
+def _rows(ready: Prepared, loaded: LoadedBase) -> Rows:
+    """The recipe's rows, and where those lie that were stored before.
+
+    Raises:
+        BaseModelError: they were stored at another hidden state than the router reads.
+    """
+    from lorahub_registry.compose.encoder import Rows
+    from lorahub_registry.evaluate.hidden import middle_layer
+
+    wanted = middle_layer(loaded)
+    for name, one in ready.known.items():
+        if one.layer != wanted:
+            raise BaseModelError(
+                f"{name}: what is stored of its rows is of hidden state {one.layer}, and a router "
+                f"of prompts reads hidden state {wanted} of {loaded.name}",
+                hint=f"lorareg route --learn {name} --rows … stores it again",
+            )
+    known = {name: np.frombuffer(one.vector, "<f4").tolist() for name, one in ready.known.items()}
+    return Rows(ready.train, ready.test, ready.examples, known)
+
+
 def _results(ready: Prepared, loaded: LoadedBase, made: Composition) -> dict[str, Any]:
     from lorahub_registry.compose.results import results
 
     recipe = ready.recipe
-    found = results(recipe, loaded, made)
+    # Pinned, as its method may name files of this machine's.
+    found = results(pinned_recipe(recipe, ready.base, ready.members), loaded, made)
     found["base"]["digest"] = ready.base.facts.digest
     found["notes"] += [f"allow_base: {note}" for note in ready.notes]
     found["license"] = agreed_license(recipe, ready.members)
@@ -234,16 +258,29 @@ def _enter(ready: Prepared, results: dict[str, Any], registry: Registry) -> Stor
     stored = registry.add_mixture(record, lineage, ready.fresh)
     if ready.base.local and ready.base.folder is not None and "/" not in facts.name:
         registry.place_base(facts.name, ready.base.folder)
-    keys = {"mixture": stored.ref, **{m.name: m.key for m in ready.members}}
+    keys = {m.name: m.key for m in ready.members}
     for row in results.get("test", ()):
         pin = ready.lock.data["test"]
         dataset = dataset_id(pin.ref, pin.files[pin.ref])
-        # Base and uniform average are no adapters: their scores stand with the mixture's.
-        own = row["name"] in keys
-        task = results["task"] if own else f"{results['task']}, {row['name']}"
+        task = _score_name(row, results)
+        ref = keys[row["name"]] if row["kind"] == "adapter" else stored.ref
         for score in scores_of(row, task, dataset, facts.revision, facts.digest):
-            registry.score(keys[row["name"]] if own else stored.ref, score)
+            registry.score(ref, score)
     return registry.get(stored.ref)
+
+
+def _score_name(row: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+    """What a row of the table is called among the scores of its adapter or of the mixture.
+
+    Base and uniform average are no adapters: their scores stand with the mixture's. Of a mixture
+    that decides, the entry's tensors (its digest, what stock PEFT loads) are the plain LoRA's, so
+    the task's bare name is for that one's scores, as on its card; what decides is "…, dynamic".
+    """
+    task: str = results["task"]
+    decides = "routing" in results
+    if row["kind"] in {"adapter", "plain" if decides else "mixture"}:
+        return task
+    return f"{task}, {'dynamic' if row['kind'] == 'mixture' else row['name']}"
 
 
 def _publish(ready: Prepared, progress: Progress) -> str:

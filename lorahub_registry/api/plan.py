@@ -14,7 +14,7 @@ from lorahub_registry.errors import BaseModelError
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.recipes import Recipe, RecipeFile, overlap, render
 from lorahub_registry.recipes.learned import GRADIENT, Learn, LoraHub, Searched
-from lorahub_registry.recipes.routed import LoraFlow
+from lorahub_registry.recipes.routed import LoraFlow, RoutedMethod
 from lorahub_registry.registry.store import Registry
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -66,7 +66,7 @@ def _estimate(ready: Prepared, progress: Progress) -> dict[str, Any]:
     steps, taught = _training(recipe, rows)
     mixed = _kept(recipe, len(ready.members))
     # A mixture that decides is compared with its plain LoRA, too, and with static coefficients.
-    more = recipe.method.dynamic + (recipe.method.dynamic and rows > 0)
+    more = recipe.method.dynamic + len(_rivals(recipe, rows))
     models = mixed + 4 + more if ready.test else 0
     width = max((shape[-1] for shape in shapes.values() if len(shape) == 2), default=1024)
     gflops = measured_gflops(device, min(width, 4096))
@@ -134,13 +134,19 @@ def _training(recipe: Recipe, rows: int) -> tuple[int, float]:
     return steps, 3 * steps / max(1, each)
 
 
+def _rivals(recipe: Recipe, rows: int) -> tuple[Learn, ...]:
+    """The static coefficients that a mixture that decides is compared with."""
+    method = recipe.method
+    return method.rivals if isinstance(method, RoutedMethod) and rows else ()
+
+
 def _search(recipe: Recipe, members: int, rows: int) -> tuple[int, float]:
     """(evaluations at most, what they cost in forwards over the training rows)."""
     method = recipe.method
-    if method.dynamic and rows:
+    if rivals := _rivals(recipe, rows):
         # The static coefficients that it is compared with, and then its own means.
-        method = Learn(optimizer=GRADIENT)
-        return method.budget, 3 * method.budget + 1
+        budget = sum(one.budget for one in rivals)
+        return budget, 3 * budget + 1
     if not isinstance(method, Searched):
         return 0, 0
     again: float = method.seeds - 1 if method.seeds else method.folds or 0

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from lorahub_registry.adapters.base_files import BaseFacts
 from lorahub_registry.adapters.compat import Member, check_base, check_factors, check_sum
@@ -32,10 +31,10 @@ from lorahub_registry.recipes import (
 )
 from lorahub_registry.recipes import load as load_recipe
 from lorahub_registry.recipes.model import Split
-from lorahub_registry.recipes.routed import PromptRouter, Routed
+from lorahub_registry.recipes.routed import PromptRouter, RoutedMethod
 from lorahub_registry.recipes.rows import Row
 from lorahub_registry.refs import expand, looks_like_path
-from lorahub_registry.registry.records import AdapterRecord
+from lorahub_registry.registry.records import AdapterRecord, CentroidRecord
 from lorahub_registry.registry.store import Registry
 
 
@@ -45,7 +44,8 @@ class Prepared:
 
     Attributes:
         fresh: member name → its record, of those to be indexed along with the mixture.
-        examples, known: see :class:`~lorahub_registry.compose.encoder.Rows`.
+        examples: see :class:`~lorahub_registry.compose.encoder.Rows`.
+        known: adapter → what the registry has stored of its rows, where there are no examples.
     """
 
     recipe: Recipe
@@ -59,7 +59,7 @@ class Prepared:
     notes: tuple[str, ...]
     fresh: Mapping[str, AdapterRecord]
     examples: Mapping[str, Sequence[Row]] = field(default_factory=dict)
-    known: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    known: Mapping[str, CentroidRecord] = field(default_factory=dict)
 
 
 def read_recipe(recipe: str | Path | Mapping[str, Any] | RecipeFile) -> RecipeFile:
@@ -98,7 +98,7 @@ def prepare(
     )
     members = resolved.members
     check_sum(members)
-    if isinstance(wanted.method, Routed):
+    if isinstance(wanted.method, RoutedMethod):
         wanted.method.check_names([m.name for m in members])
     if getattr(wanted.method, "form", None) == "factor":
         check_factors(members)
@@ -114,7 +114,7 @@ def prepare(
     examples, known = _own_rows(file, found, members, registry)
     if not test:
         progress.warn("no data.test: the mixture will be written without proof that it helps")
-    now = _lock(file, found, members)
+    now = _lock(file, found, members, known)
     if lock is not None:
         Lock.load(lock).check(now)
     fresh = {name: resolved.records[name] for name in sorted(resolved.fresh)}
@@ -126,7 +126,7 @@ def prepare(
 
 def _own_rows(
     file: RecipeFile, base: ResolvedBase, members: Sequence[Member], registry: Registry
-) -> tuple[dict[str, Sequence[Row]], dict[str, Sequence[float]]]:
+) -> tuple[dict[str, Sequence[Row]], dict[str, CentroidRecord]]:
     """Of a router of prompts: rows that each adapter is known by, or where they lie.
 
     Raises:
@@ -141,11 +141,11 @@ def _own_rows(
         for name, path in method.examples.items()
     }
     stored = {
-        one.id: np.frombuffer(c.vector, "<f4").tolist()
+        one.id: c
         for one, c in registry.centroids()
         if c.base_digest == base.facts.digest and c.template == file.recipe.data.template
     }
-    known: dict[str, Sequence[float]] = {
+    known = {
         m.name: stored[m.adapter_id]
         for m in members
         if m.name not in examples and m.adapter_id in stored
@@ -199,7 +199,12 @@ def _given_base(name: str, base: tuple[Any, Any]) -> ResolvedBase:
     return ResolvedBase(BaseFacts(short, shapes, revision or None), None)
 
 
-def _lock(file: RecipeFile, base: ResolvedBase, members: Sequence[Member]) -> Lock:
+def _lock(
+    file: RecipeFile,
+    base: ResolvedBase,
+    members: Sequence[Member],
+    known: Mapping[str, CentroidRecord],
+) -> Lock:
     recipe = file.recipe
     data = {}
     for split, spec in (("train", recipe.data.train), ("test", recipe.data.test)):
@@ -209,6 +214,10 @@ def _lock(file: RecipeFile, base: ResolvedBase, members: Sequence[Member]) -> Lo
     for name, place in getattr(recipe.method, "examples", {}).items():
         path = file.resolve(place)
         data[f"examples of {name}"] = Pin(path.name, files={path.name: file_sha256(path)})
+    for name, one in known.items():
+        said = f"{one.layer} {one.rows_digest} ".encode() + one.vector
+        pin = Pin("stored by lorareg route", files={"centroid": sha256(said).hexdigest()})
+        data[f"rows of {name}"] = pin
     return Lock(
         recipe=_settings_digest(pinned_recipe(recipe, base, members)),
         base=Pin(base.facts.name, base.facts.revision, digest=base.facts.digest),

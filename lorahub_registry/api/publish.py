@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorahub_registry.adapters.dynamic import FOLDER, folder_to_run
+from lorahub_registry.adapters.tensors import WEIGHTS_NAME
 from lorahub_registry.card import GATES_NAME, is_generated, is_trained, read_results, write_card
-from lorahub_registry.errors import RecipeError, UnknownRef
+from lorahub_registry.errors import OutputError, RecipeError, UnknownRef
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.refs import expand, looks_like_path
 from lorahub_registry.registry.store import Registry
@@ -70,6 +72,7 @@ def push(
     Raises:
         RecipeError: no licence is known for it.
         OutputError: something in it may not be published: a local path, a token.
+        BrokenAdapter: it decides while it runs, and what does that is damaged or missing.
         HubError: the Hub refused, or the branch moved meanwhile.
     """
     from lorahub_registry.hub.push import push as commit
@@ -87,6 +90,16 @@ def push(
             f"its base, {facts['base']['name']}, is a folder of yours: others can load it only "
             "if they have it, too; the card says so"
         )
+    if "routing" in facts:
+        from lorahub_registry.weights.dynamic import load_dynamic
+
+        if folder_to_run(folder) == folder:
+            raise OutputError(
+                f"{folder / FOLDER} is not there, and the card promises it",
+                hint="compose it again with --force",
+            )
+        if (folder / FOLDER / WEIGHTS_NAME).is_file():
+            load_dynamic(folder / FOLDER)  # damaged gates are not published
     if (folder / GATES_NAME).is_file():
         progress.say(f"{GATES_NAME} shows one of your rows, and is published with the rest")
     if not is_generated(folder):

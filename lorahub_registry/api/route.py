@@ -169,6 +169,10 @@ def _placed(
     return kept, torch.stack([vectors[way] for way in ways]), which
 
 
+def _mixed(stored: StoredAdapter) -> bool:
+    return stored.mixture is not None and bool(stored.mixture.members)
+
+
 def _tell(
     found: ResolvedBase,
     written: str,
@@ -187,7 +191,8 @@ def _tell(
     skills = (skill,) if skill else ()
     query = Query(base=found.facts.name, skills=skills, limit=len(ids) + _NAMED)
     answer = registry.search(query)
-    without = [a for a in answer.adapters if a.id not in ids]
+    # A mixture is made of what is asked for here.
+    without = [a for a in answer.adapters if a.id not in ids and not _mixed(a)]
     having = f" with the skill {skill!r}" if skill else ""
     if not here and not without:
         raise UnknownRef(
@@ -195,13 +200,19 @@ def _tell(
             hint=f"lorareg add FOLDER --base {found.facts.name}, or lorareg sync --base ID",
         )
     elsewhere = f"; {others} on other weights of that name" if others else ""
+    if not here and not without:
+        raise UnknownRef(
+            f"{found.facts.name} has mixtures only{having}, and they are made of what prompts are "
+            "sent to",
+            hint="add or train adapters of it",
+        )
     if not here:
         raise UnknownRef(
             f"none of the {answer.total} adapters of {found.facts.name}{having} has a centroid "
             f"on it{elsewhere}",
             hint=_learn(without[0].ref, found, written),
         )
-    missing = answer.total - sum(1 for a in answer.adapters if a.id in ids)
+    missing = answer.total - sum(1 for a in answer.adapters if a.id in ids or _mixed(a))
     if without:
         names = ", ".join(a.record.name for a in without[:_NAMED])
         more = ", …" if missing > len(without[:_NAMED]) else ""

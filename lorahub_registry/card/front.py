@@ -34,7 +34,8 @@ def metadata(facts: Mapping[str, Any]) -> dict[str, Any]:
     if facts["datasets"]:
         found["datasets"] = list(facts["datasets"])
     if facts.get("test"):
-        kind = "adapter" if trained else "mixture"
+        # The root of a mixture that decides is its plain LoRA: these are the root's own scores.
+        kind = "adapter" if trained else "plain" if "routing" in facts else "mixture"
         own = next(row for row in facts["test"] if row["kind"] == kind)
         metrics = [
             {"type": metric, "name": title, "value": round(own[metric], 6)}

@@ -6,9 +6,10 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lorahub_registry.adapters.dynamic import FOLDER
 from lorahub_registry.cli import trained
 from lorahub_registry.cli.output import clean, size
-from lorahub_registry.registry.records import ScoreRecord, StoredAdapter
+from lorahub_registry.registry.records import AdapterRecord, ScoreRecord, StoredAdapter
 
 COLUMNS = {
     "ref": "<", "base": "<", "rank": ">", "skills": "<", "license": "<", "downloads": ">",
@@ -105,6 +106,13 @@ def facts(stored: StoredAdapter, used_in: list[str]) -> dict[str, Any]:
     }
 
 
+def _dynamic(record: AdapterRecord) -> str:
+    """Of a mixture that decides while it runs: that what is told here is its plain LoRA."""
+    if not any(file.name.startswith(f"{FOLDER}/") for file in record.files):
+        return ""
+    return f"the mixture itself is in {FOLDER}/; what stands here is its plain LoRA"
+
+
 def page(stored: StoredAdapter, used_in: list[str]) -> str:
     """Everything known, for people."""
     record = stored.record
@@ -120,6 +128,7 @@ def page(stored: StoredAdapter, used_in: list[str]) -> str:
         _line("name", record.name),
         _line("base", f"{clean(record.base.name) or '-'}{how}"),
         _line("kind", " ".join([record.peft_type, *kinds, record.task_type or ""]).strip()),
+        _line("dynamic", _dynamic(record)),
         _line("rank", ranks or record.rank),
         _line("alpha", record.alpha),
         _line("targets", ", ".join(record.targets)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,6 @@ from lorahub_registry.compose.verdict import (
     BASE,
     MIXTURE,
     PLAIN,
-    STATIC,
     UNIFORM,
     Verdict,
     judge,
@@ -48,7 +47,7 @@ def prove(
     test: TestSet,
     *,
     dynamic: Path | None = None,
-    static: Deltas | None = None,
+    static: Mapping[str, Deltas] | None = None,
     progress: Progress = silent,
 ) -> Proof:
     """Score everything on the same rows.
@@ -57,12 +56,12 @@ def prove(
         mixture: as it was computed; what is judged is what stock PEFT loads from ``folder``.
         dynamic: the folder of a mixture that decides while it runs: it is judged then, and
             ``folder`` holds its plain LoRA, which is one to compare with.
-        static: learned static coefficients' sum, to compare a dynamic mixture with.
+        static: name → sum of learned static coefficients, to compare a dynamic mixture with.
     """
     scores: dict[str, RowNLL] = {}
     table = []
-    contestants = _contestants(base, names, adapters, folder, dynamic, static)
-    more = bool(dynamic) + bool(static)
+    contestants = _contestants(base, names, adapters, folder, dynamic, static or {})
+    more = bool(dynamic) + len(static or {})
     with progress.task("Proving", len(names) + 4 + more, "model") as task:
         for name, kind, on in contestants:
             task.describe(name)
@@ -82,15 +81,15 @@ def _contestants(
     adapters: Sequence[Deltas],
     folder: Path,
     dynamic: Path | None,
-    static: Deltas | None,
+    static: Mapping[str, Deltas],
 ) -> Iterator[tuple[str, str, AbstractContextManager[Any]]]:
     yield BASE, "base", nullcontext(base.model)
     for name, deltas in zip(names, adapters, strict=True):
         yield name, "adapter", _with(base, deltas)
     uniform = weighted_sum(adapters, [1 / len(adapters)] * len(adapters))
     yield UNIFORM, "uniform", _with(base, uniform)
-    if static is not None:
-        yield STATIC, "static", _with(base, static)
+    for name, deltas in static.items():
+        yield name, "static", _with(base, deltas)
     if dynamic is not None:
         yield PLAIN, "plain", stock_peft(base, folder)
     yield MIXTURE, "mixture", stock_peft(base, dynamic or folder)

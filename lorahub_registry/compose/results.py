@@ -17,7 +17,11 @@ from lorahub_registry.recipes.model import Recipe
 
 
 def results(recipe: Recipe, base: LoadedBase, made: Composition) -> dict[str, Any]:
-    """Everything that ``results.json`` says; no paths, no dates, no names of machines."""
+    """Everything that ``results.json`` says; no paths, no dates, no names of machines.
+
+    Args:
+        recipe: as it is published: pinned, its paths shortened.
+    """
     found: dict[str, Any] = {
         "name": recipe.name,
         "base": {"name": base.name, "revision": base.revision},
@@ -82,7 +86,7 @@ def _routing(routed: Routed) -> dict[str, Any]:
     if routed.loss:
         facts["loss"] = [list(point) for point in routed.loss]
     if routed.static:
-        facts["static"] = routed.static.mean()
+        facts["static"] = routed.static
     return facts
 
 

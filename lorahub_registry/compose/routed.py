@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,26 @@ from torch.nn.functional import pad
 from lorahub_registry.adapters import dynamic
 from lorahub_registry.adapters.compat import Member
 from lorahub_registry.adapters.dynamic import FOLDER, Router
+from lorahub_registry.adapters.layer_order import layer_order
 from lorahub_registry.compose.bench import Means
-from lorahub_registry.compose.fit import Fitted, fit
 from lorahub_registry.compose.gates import start, train_gates
-from lorahub_registry.errors import DataError, IncompatibleAdapters, NotApplied
+from lorahub_registry.compose.rivals import rival_name, static_rivals
+from lorahub_registry.errors import IncompatibleAdapters
 from lorahub_registry.evaluate.base import LoadedBase
 from lorahub_registry.evaluate.hidden import middle_layer
 from lorahub_registry.evaluate.nll import label_logits
 from lorahub_registry.evaluate.stock import stock_peft
 from lorahub_registry.evaluate.tokens import IGNORED, Batch, Encoded
 from lorahub_registry.progress import Progress, silent
-from lorahub_registry.recipes.learned import GRADIENT, Learn
 from lorahub_registry.recipes.model import Recipe
-from lorahub_registry.recipes.routed import LEARN, UNIFORM, Arrow, LoraFlow, PromptRouter
-from lorahub_registry.recipes.routed import Routed as AnyRouted
+from lorahub_registry.recipes.routed import (
+    LEARN,
+    UNIFORM,
+    Arrow,
+    LoraFlow,
+    PromptRouter,
+    RoutedMethod,
+)
 from lorahub_registry.runtime.mixture import Coefficients
 from lorahub_registry.runtime.places import layer_of, place_of
 from lorahub_registry.runtime.room import check_room
@@ -47,7 +53,8 @@ class Routed:
             the layer's modules that it sits on.
         coefficients: member → its mean coefficient in ``plain``, over the modules it sits on.
         plain: the sum with every module's mean coefficients.
-        static: what learned static coefficients come to; None without training rows.
+        static: one learned static coefficient for each member; None without training rows.
+        rivals: what learned static coefficients come to, by their names in the table.
         loss: (step, NLL) of the gates' training.
     """
 
@@ -58,7 +65,8 @@ class Routed:
     mean: dict[str, tuple[float, ...]]
     coefficients: dict[str, float]
     plain: Deltas
-    static: Fitted | None = None
+    static: dict[str, float] | None = None
+    rivals: dict[str, Deltas] = field(default_factory=dict)
     loss: tuple[tuple[int, float], ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -82,14 +90,17 @@ def route(
         NotApplied: the gates' training diverged.
     """
     method, notes = recipe.method, list[str]()
-    assert isinstance(method, AnyRouted)
+    assert isinstance(method, RoutedMethod)
     method.check_names([m.name for m in members])
     router = _router(method, len(members), base)
     _check_places(router, members, base.model)
     size = sum(4 * (m.facts.parameters or 0) for m in members)
     check_room(size, base.device, f"the {len(members)} adapters")
     deltas: dict[str, Deltas] = {m.name: load_deltas(m.folder, m.facts) for m in members}
-    static = _static(recipe, members, base, train, notes, means, progress)
+    rivals, untold = static_rivals(recipe, members, base, train, means=means, progress=progress)
+    notes += untold
+    per_model = rivals.get(rival_name(method.rivals[0]))
+    static = per_model.mean() if per_model else None
     experts = _experts(method, deltas) if isinstance(method, Arrow) else deltas
     modules = sorted({name for each in experts.values() for name in each})
     if isinstance(router, dynamic.Arrow):
@@ -142,12 +153,13 @@ def route(
         coefficients=_by_member(mean, deltas, list(experts)),
         plain=_plain(list(experts.values()), mean),
         static=static,
+        rivals={name: one.mixture for name, one in rivals.items()},
         loss=loss,
         notes=tuple(notes),
     )
 
 
-def _router(method: AnyRouted, members: int, base: LoadedBase) -> Router:
+def _router(method: RoutedMethod, members: int, base: LoadedBase) -> Router:
     if isinstance(method, LoraFlow):
         return dynamic.LoraFlow(method.per, method.temperature)
     if isinstance(method, Arrow):
@@ -183,32 +195,12 @@ def _check_places(router: Router, members: Sequence[Member], model: Any) -> None
                     ) from None
 
 
-def _static(
-    recipe: Recipe,
-    members: Sequence[Member],
-    base: LoadedBase,
-    train: Sequence[Encoded],
-    notes: list[str],
-    means: Means | None,
-    progress: Progress,
-) -> Fitted | None:
-    """Learned static coefficients on the same rows: what a dynamic mixture has to beat."""
-    if not train:
-        return None
-    learn = recipe.model_copy(update={"method": Learn(optimizer=GRADIENT)})
-    try:
-        return fit(learn, members, base, train, means=means, progress=progress)
-    except (NotApplied, DataError) as error:
-        notes.append(f"no static coefficients were learned to compare with: {error}")
-        return None
-
-
 def _begin(
-    method: LoraFlow, names: Sequence[str], static: Fitted | None, notes: list[str]
+    method: LoraFlow, names: Sequence[str], static: Mapping[str, float] | None, notes: list[str]
 ) -> list[float]:
     """What the gates say before they are trained."""
     if method.init == LEARN and static is not None:
-        return [static.mean()[name] for name in names]
+        return [static[name] for name in names]
     if method.init == LEARN:
         notes.append("the gates start with the uniform average")
     if method.init in {LEARN, UNIFORM}:
@@ -286,7 +278,7 @@ def _by_layer(
             _mean(float(mean[name][i]) for name in layers[layer] if name in expert)
             for i, expert in enumerate(experts)
         )
-        for layer in sorted(layers, key=_number)
+        for layer in sorted(layers, key=layer_order)
     }
 
 
@@ -308,8 +300,3 @@ def _by_member(
 def _mean(values: Iterable[float]) -> float:
     found = list(values)
     return sum(found) / max(1, len(found))
-
-
-def _number(layer: str) -> list[tuple[int, str]]:
-    """Sorts ``layers.2`` before ``layers.10``."""
-    return [(int(p), "") if p.isdigit() else (0, p) for p in layer.split(".")]

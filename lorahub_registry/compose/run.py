@@ -31,7 +31,7 @@ from lorahub_registry.evaluate.measure import TestSet, check_text
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.recipes.learned import Searched
 from lorahub_registry.recipes.model import Recipe
-from lorahub_registry.recipes.routed import Routed as AnyRouted
+from lorahub_registry.recipes.routed import RoutedMethod
 from lorahub_registry.recipes.rows import overlap
 from lorahub_registry.recipes.static import Static
 from lorahub_registry.runtime.places import width_of
@@ -47,6 +47,7 @@ class Composition:
         members: those in the mixture, in the recipe's order; screening may leave some out.
         coefficients: by member name; the mean where an adapter has several.
         proof: None where the recipe has no test rows.
+        overlap: how many test rows are also training rows, or examples of a router's.
         tokens: how rows became tokens, with how many prompts were cut.
         change: largest change of a label's loss that the written adapter makes, in nats.
         fitted: None where the coefficients were given.
@@ -90,7 +91,7 @@ def compose(
     rows, train = encoder.train(rows)
     test = encoder(rows.test, "test")
     fitted = routed = None
-    if isinstance(recipe.method, AnyRouted):
+    if isinstance(recipe.method, RoutedMethod):
         routed = route(
             recipe, members, base, train, folder, centroids=_centroids(base, encoder, rows),
             means=means, progress=progress,
@@ -137,10 +138,10 @@ def compose(
             test, test_batches, recipe.evaluate, recipe.max_new_tokens, recipe.data.eos
         )
         names = [m.name for m in members]
-        shown = routed.static.mixture if routed and routed.static else None
         proof = prove(
             base, names, adapters, mixture.deltas, folder, held_out,
-            dynamic=folder / FOLDER if routed else None, static=shown, progress=progress,
+            dynamic=folder / FOLDER if routed else None, static=routed.rivals if routed else {},
+            progress=progress,
         )  # fmt: skip
         for row in proof.table:
             if math.isfinite(row.nll):
@@ -148,9 +149,12 @@ def compose(
             if row.kind == "mixture":
                 raise NotApplied("the written mixture's loss is not a number on the test rows")
             encoder.note(f"{row.name} has no finite loss on the test rows")
-    shared = overlap(rows.train, rows.test)
+    # What a router of prompts knows adapters by is seen before the test, too.
+    shown = [row for own in rows.examples.values() for row in own]
+    shared = overlap([*rows.train, *shown], rows.test)
     if shared:
-        encoder.note(f"{shared} of {len(rows.test)} test rows are also training rows")
+        also = "training rows or examples" if shown else "training rows"
+        encoder.note(f"{shared} of {len(rows.test)} test rows are also {also}")
     return Composition(
         members=tuple(members),
         coefficients=coefficients,

@@ -2,7 +2,8 @@
 
 A win is a paired per-row difference of more than two standard errors over the best single
 adapter, and over the base where that is the better one. Everything else reads "no better than X:
-use X".
+use X". A mixture that decides while it runs costs more than fixed coefficients do, so it has to
+beat the best of these, too.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ class Verdict:
     """The outcome of the paired comparison.
 
     Attributes:
-        against: the best alternative to the mixture: a single adapter's name, or ``base``.
+        against: the best alternative to the mixture: a single adapter's name, or ``base``; of a
+            dynamic mixture any other row of the table.
         difference: NLL of the mixture minus that of ``against``, in nats a token; less is better.
         stderr: its standard error over rows.
         text: one or two sentences for people.
@@ -41,8 +43,11 @@ def judge(scores: Mapping[str, RowNLL], singles: list[str]) -> Verdict:
 
     Args:
         scores: under ``base``, ``uniform average``, ``mixture`` and the names in ``singles``;
-            where the mixture is a dynamic one, static ones to compare it with, too.
+            of a dynamic mixture also under ``PLAIN`` and the names of learned static
+            coefficients, and everything in ``scores`` is an alternative to it.
     """
+    if PLAIN in scores:
+        return _judge_dynamic(scores, singles)
     finite = [name for name in singles if math.isfinite(scores[name].mean)]
     best = min(finite, key=lambda name: scores[name].mean, default=BASE)
     against = BASE if scores[BASE].mean <= scores[best].mean else best
@@ -54,13 +59,35 @@ def judge(scores: Mapping[str, RowNLL], singles: list[str]) -> Verdict:
         text = f"no better than {use}: use {use} ({_signed(difference, stderr)})"
         return Verdict(False, against, difference, stderr, text)
     text = f"beats {what} by {-difference:.3f} ± {stderr:.3f} NLL"
-    for other in (UNIFORM, STATIC, PLAIN):
-        if other not in scores:
-            continue
-        gap, error = scores[MIXTURE].minus(scores[other])
-        if gap >= -ERRORS * error:
-            text += f"; it is no better than the {other} ({_signed(gap, error)})"
+    text += _no_better(scores, {UNIFORM: f"the {UNIFORM}"})
     return Verdict(True, against, difference, stderr, text)
+
+
+def _judge_dynamic(scores: Mapping[str, RowNLL], singles: list[str]) -> Verdict:
+    words = {name: name if name in singles else f"the {name}" for name in scores if name != MIXTURE}
+    finite = [name for name in words if math.isfinite(scores[name].mean)]
+    # Of two that are equal the base is the simpler one.
+    against = min(finite, key=lambda name: (scores[name].mean, name != BASE), default=BASE)
+    difference, stderr = scores[MIXTURE].minus(scores[against])
+    use = words.pop(against)
+    if difference < -ERRORS * stderr:
+        what = f"the best single adapter, {use}" if against in singles else use
+        text = f"beats {what}, the best of all else, by {-difference:.3f} ± {stderr:.3f} NLL"
+        text += _no_better(scores, words)
+        return Verdict(True, against, difference, stderr, text)
+    how = "worse" if difference > ERRORS * stderr else "no better"
+    text = f"{how} than {use}: use {use} ({_signed(difference, stderr)})"
+    return Verdict(False, against, difference, stderr, text)
+
+
+def _no_better(scores: Mapping[str, RowNLL], words: Mapping[str, str]) -> str:
+    """Which of ``words`` the mixture does not beat, to go on with."""
+    found = ""
+    for name, said in words.items():
+        gap, error = scores[MIXTURE].minus(scores[name])
+        if gap >= -ERRORS * error:
+            found += f"; it is no better than {said} ({_signed(gap, error)})"
+    return found
 
 
 def _signed(difference: float, stderr: float) -> str:

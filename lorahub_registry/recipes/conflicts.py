@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from lorahub_registry.recipes.method import MethodBase
 from lorahub_registry.recipes.methods import METHODS
-from lorahub_registry.recipes.routed import Routed
+from lorahub_registry.recipes.routed import RoutedMethod
 from lorahub_registry.recipes.template import names_used
 
 Path = tuple[str | int, ...]
@@ -92,7 +92,7 @@ def _names(
 ) -> Iterator[Conflict]:
     """What a method says of adapters, where they all have names by the recipe."""
     found = any("search" in entry for entry in entries)
-    if not issubclass(method, Routed) or not entries or found:
+    if not issubclass(method, RoutedMethod) or not entries or found:
         return
     names = [entry.get("name") for entry in entries]
     try:

@@ -30,6 +30,8 @@ def pinned(recipe: Recipe, *, base: str, adapters: Sequence[RefEntry]) -> Recipe
         if split:
             split["path"] = last_part(split["path"])
     data["output"]["path"] = last_part(data["output"]["path"])
+    if examples := data["method"].get("examples"):
+        data["method"]["examples"] = {name: last_part(path) for name, path in examples.items()}
     data["base"] = last_part(base, folder="./")
     taken: set[str] = set()
     data["adapters"] = []

@@ -9,13 +9,15 @@ from pydantic import Field, model_validator
 
 from lorahub_registry.errors import RecipeError
 from lorahub_registry.recipes.fields import Float, Int, Name, Text, did_you_mean
+from lorahub_registry.recipes.learned import GRADIENT, Learn
 from lorahub_registry.recipes.method import MethodBase, MethodInfo
 from lorahub_registry.recipes.training import RunOptions
 
 LEARN, UNIFORM = "learn", "uniform"
+_EACH_LAYER = 256  # groups of layers at most: where there are fewer layers, one each
 
 
-class Routed(MethodBase):
+class RoutedMethod(MethodBase):
     """What all of them share.
 
     The mixture is written twice: into ``output.path`` as a plain LoRA with the mean coefficients
@@ -24,6 +26,25 @@ class Routed(MethodBase):
 
     dynamic: ClassVar[bool] = True
     form: ClassVar[Literal["delta"]] = "delta"
+
+    @property
+    def rivals(self) -> tuple[Learn, ...]:
+        """Static coefficients to compare the mixture with, learned on the same rows.
+
+        One an adapter, and one for whatever the mixture decides for apart, so that it wins by
+        deciding and not by having more coefficients. No penalty holds them back, as none holds
+        gates.
+        """
+        model = Learn(optimizer=GRADIENT, l1=0)
+        if self.apart == "layer":
+            layers = Learn(optimizer=GRADIENT, l1=0, per="layer_group", layer_groups=_EACH_LAYER)
+            return model, layers
+        return (model, Learn(optimizer=GRADIENT, l1=0, per="module")) if self.apart else (model,)
+
+    @property
+    def apart(self) -> Literal["layer", "module"] | None:
+        """What of the model it decides for apart; None: it decides for all at once."""
+        return None
 
     def problems(self, names: Sequence[str]) -> Iterator[tuple[str, str]]:
         """(key of the method or ``""``, what is wrong) with adapters of these names."""
@@ -61,7 +82,7 @@ class GateTraining(RunOptions):
     )
 
 
-class LoraFlow(Routed):
+class LoraFlow(RoutedMethod):
     """Gates that weigh the adapters anew for every token, trained on ``data.train``.
 
     Each gate is ``softmax(W x / temperature) + b``. Only gates are trained; the adapters stay as
@@ -97,15 +118,20 @@ class LoraFlow(Routed):
         default=GateTraining(), description="How the gates are trained; defaults as published."
     )
 
+    @property
+    def apart(self) -> Literal["layer", "module"] | None:
+        """See :attr:`RoutedMethod.apart`."""
+        return None if self.per == "model" else self.per
+
     def problems(self, names: Sequence[str]) -> Iterator[tuple[str, str]]:
-        """See :meth:`Routed.problems`."""
+        """See :meth:`RoutedMethod.problems`."""
         yield from super().problems(names)
         if self.init not in {LEARN, UNIFORM, *names}:
             near = did_you_mean(self.init, [LEARN, UNIFORM, *names])
             yield "init", f"must be learn, uniform or an adapter's name; got {self.init!r}{near}"
 
 
-class Arrow(Routed):
+class Arrow(RoutedMethod):
     """For each token and module the adapters along whose main direction the input lies.
 
     It needs no data: an adapter's prototype on a module is the top right singular vector of its
@@ -138,6 +164,11 @@ class Arrow(Routed):
         "their deltas is taken off each other adapter (GenKnowSub), and they do not speak.",
     )
 
+    @property
+    def apart(self) -> Literal["layer", "module"] | None:
+        """See :attr:`RoutedMethod.apart`."""
+        return "module"
+
     @model_validator(mode="after")
     def _each_once(self) -> Arrow:
         if len(set(self.general)) < len(self.general):
@@ -145,7 +176,7 @@ class Arrow(Routed):
         return self
 
     def problems(self, names: Sequence[str]) -> Iterator[tuple[str, str]]:
-        """See :meth:`Routed.problems`."""
+        """See :meth:`RoutedMethod.problems`."""
         for name in self.general:
             if name not in names:
                 yield "general", f"no adapter is called {name!r}{did_you_mean(name, names)}"
@@ -155,7 +186,7 @@ class Arrow(Routed):
         yield from super().problems(names)
 
 
-class PromptRouter(Routed):
+class PromptRouter(RoutedMethod):
     """For each prompt the adapters whose own rows lie nearest to it in the base's hidden space.
 
     Decided once a prompt, before its answer. Nothing is trained: each adapter is known by the
@@ -186,7 +217,7 @@ class PromptRouter(Routed):
     )
 
     def problems(self, names: Sequence[str]) -> Iterator[tuple[str, str]]:
-        """See :meth:`Routed.problems`."""
+        """See :meth:`RoutedMethod.problems`."""
         yield from super().problems(names)
         for name in self.examples:
             if name not in names:

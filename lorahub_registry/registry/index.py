@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lorahub_registry.adapters.bases import infer_base
+from lorahub_registry.adapters.dynamic import folder_to_run
 from lorahub_registry.adapters.facts import AdapterFacts, digest_of, read_facts
 from lorahub_registry.adapters.readme import Card, read_card
 from lorahub_registry.adapters.skills import find_skills
@@ -115,9 +116,17 @@ def card_beside(folder: Path) -> Card:
 
 
 def files_of(folder: Path) -> tuple[FileRecord, ...]:
-    """The files directly in ``folder`` with size and SHA-256; pickles are hashed, never loaded."""
-    paths = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    return tuple(FileRecord(p.name, p.stat().st_size, file_sha256(p)) for p in paths)
+    """The files in ``folder``, with those of the mixture that decides: size and SHA-256.
+
+    Pickles are hashed, never loaded.
+    """
+    here = [folder, folder_to_run(folder)] if folder_to_run(folder) != folder else [folder]
+    paths = sorted(p for place in here for p in place.iterdir() if p.is_file())
+    return tuple(
+        FileRecord(p.relative_to(folder).as_posix(), p.stat().st_size, file_sha256(p))
+        for p in paths
+        if not p.name.startswith(".")
+    )
 
 
 def _state(facts: AdapterFacts, local_path: Path | None) -> WeightsState:

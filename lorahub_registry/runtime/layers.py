@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
+from transformers import Cache
 
 from lorahub_registry.adapters.dynamic import Arrow, Constant, Dynamic, LoraFlow, PromptRouter
 from lorahub_registry.errors import IncompatibleAdapters
 from lorahub_registry.runtime.flow import Flow
 from lorahub_registry.runtime.mixture import Coefficients, Experts, arrow, gate, largest
 from lorahub_registry.runtime.nearest import nearest
-from lorahub_registry.runtime.prompts import prompt_means
+from lorahub_registry.runtime.operator import RowsMerged
+from lorahub_registry.runtime.prompts import mask_of, prompt_means
 
 
 class _Frozen(nn.Module, BaseTunerLayer):
@@ -44,6 +46,20 @@ class _Frozen(nn.Module, BaseTunerLayer):
     def _register(self, adapter: str, mixture: Dynamic) -> None:
         self.mixtures[adapter] = mixture
         self.frozen_peft_weight_names[adapter] = self.frozen
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Let ``model.to(torch.bfloat16)`` and the like change the base alone.
+
+        Experts in fewer bits are others than those the router was made with.
+        """
+
+        def wide(tensor: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = fn(tensor)
+            return tensor.to(found.device) if found.itemsize < tensor.itemsize else found
+
+        for name, child in self.named_children() if recurse else ():
+            child._apply(fn if name == "base_layer" else wide, recurse)
+        return self
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: which experts speak changes from token to token.
@@ -100,7 +116,7 @@ class MixtureLayer(_Frozen):
         self.lora_B: Any = nn.ModuleDict()
         self.lora_gate, self.lora_gate_bias = nn.ParameterDict(), nn.ParameterDict()
         self.lora_prototypes = nn.ParameterDict()
-        self.place = ""
+        self.place, self.in_experts = "", False
         self._ready: dict[str, Experts] = {}
         self._constant: dict[str, Coefficients] = {}
 
@@ -124,6 +140,8 @@ class MixtureLayer(_Frozen):
         y: torch.Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.flow.silent:
             return y
+        if self.in_experts:
+            self._check_rowless()
         for adapter, rows in self.flow.shares(x.shape[0], self.active_adapters):
             if adapter not in self.lora_A:
                 continue
@@ -169,14 +187,24 @@ class MixtureLayer(_Frozen):
             found = Coefficients(gate(whole, weight, bias, router.temperature))
         else:
             place = "prompt" if isinstance(router, PromptRouter) else self.place
-            if router.site == "layer" and getattr(router, "per", "") == "model":
-                place = "model"
+            if getattr(router, "per", "") == "model":  # the first layer's of its stack
+                place = f"{self.place.rpartition('.')[0]}.0"
             found = self.flow.read(place, adapter, self.name)
         if rows is not None:
             found = found.rows(rows, of)
         if self.flow.watched is not None:
             self.flow.watched(adapter, self.name, found)
         return found
+
+    def _check_rowless(self) -> None:
+        """See that nothing is told row by row where some of a batch's tokens arrive."""
+        given = any(c.values.dim() > 1 for c in self.flow.given.values())
+        if given or self.flow.names is not None:
+            raise RowsMerged(
+                f"{self.name} is in an expert of its layer and gets some of a batch's tokens, so "
+                "rows cannot be told apart there",
+                hint="leave this module out of the adapters' target_modules",
+            )
 
     def _constants(self, adapter: str, router: Constant, device: torch.device) -> Coefficients:
         kept, dtype = self._constant.get(adapter), self.lora_A[adapter].weight.dtype
@@ -251,6 +279,7 @@ class GateLayer(_Frozen):
             return
         for module, hook in ((self._layer, self._decide), (self._reader, self._read)):
             self._hooks += [m.register_forward_pre_hook(hook, with_kwargs=True) for m in module]
+        self._hooks += [m.register_forward_hook(self._remember) for m in self._reader]
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -274,30 +303,65 @@ class GateLayer(_Frozen):
             router = self.mixtures[adapter].router
             assert isinstance(router, LoraFlow)
             weight, bias = self.lora_gate[adapter], self.lora_gate_bias[adapter]
-            place = "model" if router.per == "model" else self.name
             found = Coefficients(gate(x, weight, bias, router.temperature))
             trains = weight.requires_grad or bias.requires_grad
-            self.flow.decide(place, adapter, found, trains=trains)
+            self.flow.decide(self.name, adapter, found, trains=trains)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _read(self, reader: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        asked = [adapter for adapter in self._asked() if adapter in self.lora_centroids]
-        past = kwargs.get("past_key_values")
-        # What follows a prompt keeps what was decided for it.
-        if not asked or (past is not None and past.get_seq_length()):
+        asked = self._routed()
+        if not asked:
             return
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        past, run = kwargs.get("past_key_values"), self.flow.generation
+        if run is not None and run.decided.keys() >= set(asked):
+            known = run.decided
+        elif past is not None and past.get_seq_length():
+            known = self.flow.caches.get(past, {})
+            if run is not None:
+                run.decided.update(known)
+        else:
+            known = self._route(asked, reader, args, kwargs)
+        for adapter in asked:
+            if adapter not in known:
+                raise IncompatibleAdapters(
+                    f"the cache was not begun with mixture {adapter!r}, so it is not known what "
+                    "its prompt is to be routed to",
+                    hint="give the model the whole prompt, or the cache that it returned for it",
+                )
+            self.flow.decide("prompt", adapter, known[adapter], trains=False)
+        if past is not None:
+            self.flow.caches.setdefault(past, {}).update({name: known[name] for name in asked})
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _remember(self, _: Any, __: Any, out: Any) -> None:
+        """Know a cache that the call has made by what its prompt was routed to."""
+        past = getattr(out, "past_key_values", None)
+        if isinstance(out, tuple):
+            past = next((part for part in out if isinstance(part, Cache)), None)
+        if past is not None and past not in self.flow.caches and (asked := self._routed()):
+            self.flow.caches[past] = {name: self.flow.decided["prompt", name] for name in asked}
+
+    def _route(
+        self, asked: list[str], reader: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Coefficients]:
+        """What the prompt that ``reader`` is called with is routed to, by each of ``asked``."""
+        ids, run = kwargs.get("input_ids", args[0] if args else None), self.flow.generation
         if ids is None:
             raise IncompatibleAdapters(
                 "a prompt router reads token ids, and the model was called with embeddings",
                 hint="call it with input_ids, or give it coefficients",
             )
-        known = all(("prompt", adapter) in self.flow.decided for adapter in asked)
-        if known and self.flow.continues(ids):
-            return
-        self.flow.prompt = ids, ids.shape[1]
-        mask = kwargs.get("attention_mask")
-        self.flow.silent = True
+        mask = mask_of(kwargs.get("attention_mask"), ids)
+        if run is not None and run.length is not None:
+            if ids.shape[1] < run.length:
+                raise IncompatibleAdapters(
+                    f"a prompt router reads prompts whole, and of {run.length} tokens the model "
+                    f"was given {ids.shape[1]}",
+                    hint="generate without prefill_chunk_size",
+                )
+            # What is guessed ahead stands behind the prompt.
+            ids, mask = ids[:, : run.length], None if mask is None else mask[:, : run.length]
+        found, self.flow.silent = {}, True
         try:
             for adapter in asked:
                 router = self.mixtures[adapter].router
@@ -305,10 +369,15 @@ class GateLayer(_Frozen):
                 vectors = prompt_means(reader, ids, mask, router.layer, self.flow.prompts)
                 centroids = self.lora_centroids[adapter]
                 near = nearest(vectors, centroids, router.top_k, router.temperature)
-                found = largest(near[:, None], router.top_k)
-                self.flow.decide("prompt", adapter, found, trains=False)
+                found[adapter] = largest(near[:, None], router.top_k)
         finally:
             self.flow.silent = False
+        if run is not None:
+            run.decided.update(found)
+        return found
+
+    def _routed(self) -> list[str]:
+        return [adapter for adapter in self._asked() if adapter in self.lora_centroids]
 
     def _asked(self) -> list[str]:
         """Whose coefficients are to be decided here and now."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from lorahub_registry.errors import UsageError
 from lorahub_registry.runtime.operator import RowsMerged
 
 # What the forms of the operator cost, see Experts._cheapest; one core of a CPU, ranks of 16.
@@ -39,6 +40,30 @@ class Coefficients:
     values: torch.Tensor
     which: torch.Tensor | None = None
 
+    def check(self, experts: int) -> None:
+        """See that a caller's are for so many experts.
+
+        Raises:
+            UsageError: they are of another shape or kind, not finite, or name others.
+        """
+        values, which, shape = self.values, self.which, tuple(self.values.shape)
+        if values.dim() not in {1, 3} or (which is None and shape[-1] != experts):
+            raise UsageError(
+                f"coefficients of shape {list(shape)} for {experts} experts",
+                hint=f"give [{experts}], or [rows, 1, {experts}] with a line for each row",
+            )
+        if not values.is_floating_point() or not torch.isfinite(values).all():
+            raise UsageError(f"coefficients of {values.dtype} that are no finite numbers")
+        if which is None:
+            return
+        if values.dim() != 3 or which.shape != values.shape or which.dtype != torch.int64:
+            raise UsageError(
+                f"which says {list(which.shape)} {which.dtype} of coefficients {list(shape)}",
+                hint="give int64 numbers of experts, [rows, 1, K] as the coefficients",
+            )
+        if which.numel() and not 0 <= int(which.min()) <= int(which.max()) < experts:
+            raise UsageError(f"which names experts that are not among 0 to {experts - 1}")
+
     def dense(self, experts: int) -> torch.Tensor:
         """[..., E], zero for those that do not speak."""
         if self.which is None:
@@ -58,7 +83,7 @@ class Coefficients:
             found = self._each(lambda t: t.flatten(0, 1)[:, None])
         elif times > 1:
             found = self._each(lambda t: t.repeat_interleave(times, 0))
-        return found._each(lambda t: t[rows])
+        return found._each(lambda t: t[rows.to(t.device)])
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Coefficients:
         return Coefficients(change(self.values), None if self.which is None else change(self.which))
@@ -112,8 +137,8 @@ class Experts:
         if self._plainest(y, x, c):
             # What decoding does in every module: nothing but the products.
             low = functional.linear(x, self.a)
-            low.view(*x.shape[:2], len(self.ranks), -1).mul_(c.values[..., None])
-            y.view(-1, y.shape[-1]).addmm_(low.view(-1, low.shape[-1]), self.b.mT)
+            low.view(*x.shape[:2], len(self.ranks), self.ranks[0]).mul_(c.values[..., None])
+            y.flatten(0, 1).addmm_(low.flatten(0, 1), self.b.mT)
             return y
         tokens = x.reshape(-1, x.shape[-1]).to(self.a.dtype)
         lines = self._lines(c, x)
@@ -133,6 +158,7 @@ class Experts:
         return (
             c.which is None
             and self._equal
+            and values.device == x.device
             and values.dim() == x.dim() == 3
             and values.shape[:2] == x.shape[:2]
             and self.a.dtype == x.dtype == y.dtype == values.dtype

@@ -25,14 +25,14 @@ from lorahub_registry.adapters.dynamic import (
     PromptRouter,
     parse_dynamic,
 )
-from lorahub_registry.errors import IncompatibleAdapters, LoraregError
+from lorahub_registry.errors import IncompatibleAdapters, UsageError
 from lorahub_registry.runtime.fits import check_fits, take_off, withdraw
-from lorahub_registry.runtime.flow import BASE, Flow, mixed
+from lorahub_registry.runtime.flow import BASE, Flow, Generation, mixed
 from lorahub_registry.runtime.layers import MERGE, GateLayer, MixtureLayer
 from lorahub_registry.runtime.mixture import Coefficients
 from lorahub_registry.runtime.operator import is_adaptable
-from lorahub_registry.runtime.places import layer_of, place_of, reader_of, width_of
-from lorahub_registry.weights.dynamic import check_dynamic
+from lorahub_registry.runtime.places import in_experts, layer_of, place_of, reader_of, width_of
+from lorahub_registry.weights.dynamic import check_dynamic, check_router, router_sum
 
 
 def _member(name: str) -> PeftType:
@@ -80,7 +80,11 @@ class MixtureConfig(PeftConfig):
 
 
 class MixtureModel(BaseTuner):
-    """The base with the experts of one or more mixtures beside its modules."""
+    """The base with the experts of one or more mixtures beside its modules.
+
+    As other PEFT models, one is used by one thread at a time: what routers and gates decide is
+    kept with the model while it runs.
+    """
 
     prefix = "lora_"
     tuner_layer_cls = (MixtureLayer, GateLayer)
@@ -118,6 +122,7 @@ class MixtureModel(BaseTuner):
                 )
             made = MixtureLayer(target, self._flow, current_key)
             made.place = layer_of(current_key, self.model) or ""
+            made.in_experts = in_experts(current_key, self.model)
             self._replace_module(parent, target_name, made, target)
             target = made
         target.update_layer(adapter_name, self._dynamic, inference_mode=frozen)
@@ -137,17 +142,30 @@ class MixtureModel(BaseTuner):
             layer.mixture.read_prompts(reader_of(self.model))
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls, model: Any, config: Any, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        """PEFT's own; what is saved is signed, as gates may have been trained since."""
+        found: dict[str, torch.Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, *args, **kwargs
+        )
+        plain = {cls._remove_adapter_name_from_key(k, adapter_name): v for k, v in found.items()}
+        config.mixture = {**config.mixture, "sha256": router_sum(config.dynamic, plain)}
+        return found
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        where = f"mixture {adapter_name!r}"
         try:
-            where = f"mixture {adapter_name!r}"
             check_dynamic(config.dynamic, state_dict, where=where)
             found: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
                 model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
             )
             check_fits(model, adapter_name, found, where)
-        except LoraregError:
+            check_router(config.dynamic, state_dict, where=where)
+        except Exception:
             withdraw(model, adapter_name)
             raise
         return found
@@ -161,6 +179,24 @@ class MixtureModel(BaseTuner):
         with mixed(self._flow, names):
             yield
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's; prompt routers read the prompt that this is given, and nothing after it.
+
+        A model that has the mixture by transformers' ``load_adapter`` does not come by here: with
+        a cache it keeps what the cache's prompt was routed to, and without one it routes each
+        step by the prompt and what it has written so far.
+        """
+        prompt = next(
+            (kwargs[n] for n in ("input_ids", "inputs") if kwargs.get(n) is not None), None
+        )
+        prompt = args[0] if args else prompt
+        before = self._flow.generation
+        self._flow.generation = Generation(None if prompt is None else prompt.shape[1])
+        try:
+            return self.model.generate(*args, **kwargs)
+        finally:
+            self._flow.generation = before
+
     @contextmanager
     def coefficients(
         self, c: Coefficients | torch.Tensor, adapter: str | None = None
@@ -170,13 +206,34 @@ class MixtureModel(BaseTuner):
         Args:
             c: [E] for all rows, or [rows, 1, E], one line for each row of the batches.
             adapter: the mixture's name in this model; None: the active one.
+
+        Raises:
+            UsageError: they are not for this mixture's experts, or, in the block, not for the
+                rows of a batch.
         """
         name = adapter or self.active_adapters[0]
+        if name not in self.peft_config:
+            raise UsageError(f"no mixture is called {name} here", hint=", ".join(self.peft_config))
+        found = c if isinstance(c, Coefficients) else Coefficients(c)
+        found.check(len(self.peft_config[name].dynamic.experts))
         before = self._flow.given.get(name)
-        self._flow.given[name] = c if isinstance(c, Coefficients) else Coefficients(c)
+        self._flow.given[name] = found
+
+        def check(_: Any, args: Any, kwargs: Any) -> None:
+            if found.values.dim() == 1:
+                return
+            read = kwargs.get("input_ids")
+            read = kwargs.get("inputs_embeds", args[0] if args else None) if read is None else read
+            rows, lines = 0 if read is None else len(read), len(found.values)
+            # Beams of one prompt stand next to each other.
+            if rows != lines and not (self._flow.generation and rows % lines == 0):
+                raise UsageError(f"coefficients for {lines} rows, and a batch of {rows}")
+
+        handle = reader_of(self.model).register_forward_pre_hook(check, with_kwargs=True)
         try:
             yield
         finally:
+            handle.remove()
             if before is None:
                 del self._flow.given[name]
             else:

@@ -10,8 +10,14 @@ from torch import nn
 from lorahub_registry.adapters.dynamic import PromptRouter, Router
 from lorahub_registry.errors import IncompatibleAdapters
 
-# Keys and values of attention from a decoder to its encoder: T5's, then BART's and Whisper's.
-_CROSS = re.compile(r"\.EncDecAttention\.[kv]\Z|\.encoder_attn\.[kv]_proj\Z")
+# Keys and values of attention from a decoder to its encoder, or to an image: T5's, BART's and
+# Whisper's, Mllama's, then BERT's and GPT-2's.
+_CROSS = re.compile(
+    r"\.(EncDecAttention|encoder_attn|cross_attn|crossattention)\."
+    r"(?:.+\.)?(k|v|kv|key|value|[kv]_proj|kv_proj|[kv]_lin|to_[kv]|c_attn)\Z"
+)
+
+_LISTS = nn.ModuleList, nn.ModuleDict
 
 
 def layer_of(module: str, model: nn.Module) -> str | None:
@@ -23,6 +29,20 @@ def layer_of(module: str, model: nn.Module) -> str | None:
     return None
 
 
+def in_experts(module: str, model: nn.Module) -> bool:
+    """Whether ``module`` is in one of a layer's experts, which get some of its tokens only."""
+    layer = layer_of(module, model)
+    if layer is None:
+        return False
+    parts = module.removeprefix(f"{layer}.").split(".")
+    # A list alone tells nothing: T5 has its attention and its feed-forward in one.
+    return any(
+        "expert" in part
+        and isinstance(model.get_submodule(".".join([layer, *parts[: i + 1]])), _LISTS)
+        for i, part in enumerate(parts)
+    )
+
+
 def place_of(module: str, router: Router, model: Any) -> str:
     """The layer whose gate decides for ``module``.
 
@@ -31,6 +51,12 @@ def place_of(module: str, router: Router, model: Any) -> str:
     Raises:
         IncompatibleAdapters: no layer can.
     """
+    if in_experts(module, model):
+        raise IncompatibleAdapters(
+            f"{module} is in an expert of its layer and gets some of its tokens, so it cannot be "
+            "told whose coefficients are whose",
+            hint="take adapters without it, or arrow, or gates per: module",
+        )
     if isinstance(router, PromptRouter):
         reader = reader_of(model)
         name = next(name for name, found in model.named_modules() if found is reader)

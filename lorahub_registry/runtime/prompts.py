@@ -7,6 +7,30 @@ from typing import Any
 
 import torch
 
+from lorahub_registry.errors import IncompatibleAdapters
+
+
+def mask_of(mask: Any, ids: torch.Tensor) -> torch.Tensor | None:
+    """An attention mask as [rows, positions], 1 at tokens and 0 at padding.
+
+    Args:
+        mask: that, or what static caches come with, [rows, 1, queries, keys]: bool, or added to
+            the logits. Its last query sees all that is no padding.
+        ids: [rows, positions], before which nothing was cached.
+
+    Raises:
+        IncompatibleAdapters: it is none of these.
+    """
+    if mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 2):
+        return mask
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or mask.shape[2] != ids.shape[1]:
+        raise IncompatibleAdapters(
+            "a prompt router cannot tell prompts from padding by this attention mask",
+            hint="give one of [rows, positions], or generate with the dynamic cache",
+        )
+    seen = mask[:, 0, -1, : ids.shape[1]]
+    return (seen if seen.dtype == torch.bool else seen == 0).long().expand(len(ids), -1)
+
 
 @torch.no_grad()
 def prompt_means(

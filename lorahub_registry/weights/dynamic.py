@@ -77,6 +77,7 @@ def save_dynamic(
         made,
         experts=tuple(replace(e, sha256=s) for e, s in zip(made.experts, sums, strict=True)),
     )
+    made = replace(made, sha256=router_sum(made, out))
     save_file(out, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     config = {
         "base_model_name_or_path": base,
@@ -121,6 +122,7 @@ def load_dynamic(folder: Path) -> tuple[Dynamic, list[dict[str, LowRank]], dict[
     dynamic = read_dynamic(folder)
     tensors = load_file(folder / WEIGHTS_NAME)
     check_dynamic(dynamic, tensors, where=str(folder))
+    check_router(dynamic, tensors, where=str(folder))
     experts: list[dict[str, LowRank]] = [{} for _ in dynamic.experts]
     router = {}
     for key, value in tensors.items():
@@ -142,33 +144,68 @@ def check_dynamic(dynamic: Dynamic, tensors: Mapping[str, torch.Tensor], *, wher
     """Whether a file's tensors are those that its config, and its router's training, speak of.
 
     Raises:
-        BrokenAdapter: they are not; the message names the expert or the tensor.
+        BrokenAdapter: they are not, or the config has no SHA-256 of an expert; the message names
+            the expert or the tensor.
     """
+    experts = len(dynamic.experts)
     for key, value in tensors.items():
         name = key.removeprefix(PREFIX)
         side = {"lora_A.weight": 0, "lora_B.weight": 1}.get(name[-13:])
-        if side is None:
-            if value.shape[0] != len(dynamic.experts):
-                raise BrokenAdapter(
-                    f"{where}: {name} is for {value.shape[0]} experts, and there are "
-                    f"{len(dynamic.experts)}"
-                )
-            if not torch.isfinite(value).all():
-                raise BrokenAdapter(
-                    f"{where}: {name} holds NaN or infinity",
-                    hint="train the gates again with a lower learning rate",
-                )
-        elif value.shape[side] != sum(dynamic.ranks_on(name[:-14])):
+        other = key.replace(".lora_A.", ".lora_B.") if side == 0 else key.replace("_B.", "_A.")
+        if side is not None and other not in tensors:
+            raise BrokenAdapter(f"{where}: {name} stands alone, without its other factor")
+        if value.dim() != (1 if name.endswith("_bias") else 2):
+            raise BrokenAdapter(f"{where}: {name} is of shape {list(value.shape)}")
+        if not torch.isfinite(value).all():
+            raise BrokenAdapter(
+                f"{where}: {name} holds NaN or infinity",
+                hint="train the gates again with a lower learning rate" if side is None else None,
+            )
+        if side is None and value.shape[0] != experts:
+            raise BrokenAdapter(
+                f"{where}: {name} is for {value.shape[0]} experts, and there are {experts}"
+            )
+        if side is not None and value.shape[side] != sum(dynamic.ranks_on(name[:-14])):
             raise BrokenAdapter(
                 f"{where}: {name} has {value.shape[side]} ranks where its experts have "
                 f"{sum(dynamic.ranks_on(name[:-14]))}"
             )
     for expert, found in zip(dynamic.experts, expert_sums(dynamic, tensors), strict=True):
-        if expert.sha256 is not None and expert.sha256 != found:
+        if expert.sha256 != found:
             raise BrokenAdapter(
                 f"{where}: expert {expert.name} is not the one that the router was made with",
-                hint="take the folder as it was published, or make the mixture again",
+                hint=_AGAIN,
             )
+
+
+def check_router(dynamic: Dynamic, tensors: Mapping[str, torch.Tensor], *, where: str) -> None:
+    """Whether a file's router is the one that was written with its experts.
+
+    Raises:
+        BrokenAdapter: it is not.
+    """
+    if dynamic.sha256 != router_sum(dynamic, tensors):
+        raise BrokenAdapter(
+            f"{where}: its router is not the one that was written with its experts", hint=_AGAIN
+        )
+
+
+_AGAIN = "take the folder as it was published, or make the mixture again"
+
+
+def router_sum(dynamic: Dynamic, tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of what decides: the router's own tensors, what its config says, whom it chooses."""
+    said = {"router": dynamic.dump()["router"], "experts": [e.sha256 for e in dynamic.experts]}
+    total = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    own = {k.removeprefix(PREFIX): v for k, v in tensors.items() if not _of_expert(k)}
+    for name, value in sorted(own.items()):
+        total.update(f"{name} {list(value.shape)}\n".encode())
+        total.update(_bytes(value))
+    return total.hexdigest()
+
+
+def _of_expert(key: str) -> bool:
+    return key.endswith((".lora_A.weight", ".lora_B.weight"))
 
 
 def expert_sums(dynamic: Dynamic, tensors: Mapping[str, torch.Tensor]) -> list[str]:

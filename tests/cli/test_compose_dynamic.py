@@ -2,13 +2,16 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 import lorahub_registry as lr
+from lorahub_registry.registry.store import Registry
 from tests.cli.conftest import edit_config, tree, write_rows
 
 FLOW = {"type": "lora_flow", "training": {"max_steps": 3, "learning_rate": 0.2}}
@@ -36,8 +39,10 @@ def test_it_is_composed_shown_and_registered(method, lorareg, kitchen):
     done = lorareg("compose", kitchen.recipe(method=method))
     results = kitchen.results()
     shown = [line.split("  ")[0].strip() for line in done.lines]
-    for name in ("base", "plain", "wide", "uniform average", "learned static coefficients",
-                 "plain LoRA with mean coefficients", "mixture"):  # fmt: skip
+    apart = "layer" if method is FLOW else "module"
+    for name in ("base", "plain", "wide", "uniform average", "mixture",
+                 "learned static coefficients (per model)", "plain LoRA with mean coefficients",
+                 f"learned static coefficients (per {apart})"):  # fmt: skip
         assert name in shown
     assert done.lines[-1] == f"blend {results['verdict']['text']}"
     written = [name for name in tree(kitchen.out) if not name.endswith(".png")]
@@ -50,9 +55,16 @@ def test_it_is_composed_shown_and_registered(method, lorareg, kitchen):
     assert set(lock["adapters"]) == {"plain", "wide"}
     by_task = {s["task"]: s["value"] for s in stored["scores"]}
     test = {row["name"]: row["nll"] for row in results["test"]}
-    assert by_task["blend"] == pytest.approx(test["mixture"])
-    for name in ("base", "learned static coefficients", "plain LoRA with mean coefficients"):
+    # What is registered, and shown on the card, is the root: the plain LoRA.
+    plain = test["plain LoRA with mean coefficients"]
+    assert plain != pytest.approx(test["mixture"], rel=1e-6)
+    assert by_task["blend"] == pytest.approx(plain)
+    assert by_task["blend, dynamic"] == pytest.approx(test["mixture"])
+    for name in ("base", "uniform average", "learned static coefficients (per model)"):
         assert by_task[f"blend, {name}"] == pytest.approx(test[name])
+    front = yaml.safe_load((kitchen.out / "README.md").read_text("utf-8").split("---\n")[1])
+    [metric] = front["model-index"][0]["results"][0]["metrics"]
+    assert metric["value"] == pytest.approx(plain, abs=1e-6)
 
 
 def test_scores_of_members_are_their_own_with_general_knowledge_too(lorareg, kitchen):
@@ -183,6 +195,27 @@ def test_a_link_out_of_the_folder_is_not_published(what, hub, logged_in, lorareg
     assert "me/mine" not in hub.store.repos
 
 
+def test_damaged_gates_are_not_published_and_nor_is_what_lacks_them(
+    hub, logged_in, lorareg, kitchen
+):
+    lorareg("compose", kitchen.recipe(method=FLOW))
+    weights = kitchen.out / "dynamic" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    gate = next(name for name in tensors if name.endswith("lora_gate"))
+    save_file(tensors | {gate: tensors[gate] * float("nan")}, weights)
+    assert "holds NaN" in lorareg.fails("push", "blend", "me/mine", "--dry-run")
+    shutil.rmtree(kitchen.out / "dynamic")
+    assert "the card promises it" in lorareg.fails("push", "blend", "me/mine", "--dry-run")
+    assert "me/mine" not in hub.store.repos
+
+
+def test_what_is_shown_says_that_it_is_the_plain_lora(lorareg, kitchen):
+    lorareg("compose", kitchen.recipe(method=FLOW))
+    shown = lorareg("show", "blend").out
+    assert "the mixture itself is in dynamic/" in shown
+    assert "dynamic/adapter_model.safetensors" in shown
+
+
 def test_a_mixture_that_decides_is_no_member_but_its_plain_lora_is(lorareg, kitchen):
     lorareg("compose", kitchen.recipe(method=FLOW))
     for method in (FLOW, {"type": "arrow"}, {"type": "learn", "budget": 3}):
@@ -241,12 +274,12 @@ def test_the_recipe_that_is_kept_makes_it_again(lorareg, kitchen):
 
 def test_a_dry_run_tells_what_it_learns_and_trains(lorareg, kitchen):
     done = lorareg("compose", kitchen.recipe(method=FLOW), "--dry-run")
-    assert "lora_flow, 3 steps of training and at most 40 evaluations of 10 rows" in done.out
-    assert "proof     8 models on 10 rows" in done.out
+    assert "lora_flow, 3 steps of training and at most 80 evaluations of 10 rows" in done.out
+    assert "proof     9 models on 10 rows" in done.out
     assert not (kitchen / "out").exists()
     epochs = {"type": "lora_flow", "training": {"batch_size": 3, "gradient_accumulation_steps": 2}}
     facts = lorareg("compose", kitchen.recipe(method=epochs), "--dry-run", "--json").json
-    assert (facts["steps"], facts["evaluations"], facts["models"]) == (2 * 5, 40, 8)
+    assert (facts["steps"], facts["evaluations"], facts["models"]) == (2 * 5, 80, 9)
     test = {"test": {"path": "test.jsonl"}}
     arrow = kitchen.recipe(method={"type": "arrow"}, data=test)
     facts = lorareg("compose", arrow, "--dry-run", "--json").json
@@ -270,3 +303,66 @@ def test_prompts_are_sent_to_whose_rows_they_are_like(lorareg, kitchen):
     for prompt, owner in (("aaaa", "plain"), ("zzzz", "wide")):
         said = {r["name"]: r["text"] for r in lorareg("generate", "blend", prompt, *options).json}
         assert said["blend"] == said[owner]
+
+
+def test_where_examples_lie_on_this_machine_is_told_nowhere(hub, logged_in, lorareg, kitchen):
+    secret = kitchen / "of-nobody-else"
+    secret.mkdir()
+    write_rows(secret / "a.jsonl", [("aaaa", "x"), ("aaab", "x")])
+    write_rows(secret / "z.jsonl", [("zzzz", "x"), ("zzzy", "x")])
+    named = [{"ref": f"./loras/{name}", "name": name} for name in ("plain", "wide")]
+    places = {"plain": str(secret / "a.jsonl"), "wide": str(secret / "z.jsonl")}
+    recipe = kitchen.recipe(adapters=named, method={"type": "prompt_router", "examples": places})
+    lorareg("compose", recipe)
+    files = [path for path in kitchen.out.rglob("*") if path.is_file()]
+    assert len(files) > 5
+    for path in files:
+        assert "of-nobody-else" not in path.read_text("utf-8", errors="replace"), path
+    short = {"plain": "a.jsonl", "wide": "z.jsonl"}
+    assert kitchen.results()["method"]["examples"] == short
+    kept = yaml.safe_load((kitchen.out / "recipe.yaml").read_text("utf-8"))
+    assert kept["method"]["examples"] == short
+    lorareg("push", "blend", "me/mine", "--dry-run")
+    # Moved to another folder they are the same files, and it is the same recipe.
+    secret.rename(kitchen / "elsewhere")
+    moved = {name: str(kitchen / "elsewhere" / path) for name, path in short.items()}
+    kitchen.recipe(adapters=named, method={"type": "prompt_router", "examples": moved})
+    lorareg("compose", recipe, "--force", "--lock", kitchen.out / "lorareg.lock")
+
+
+def test_where_rows_lie_is_pinned_with_what_was_stored(lorareg, kitchen):
+    lorareg("add", "loras")
+    write_rows(kitchen / "plain.jsonl", [("aaaa", "x"), ("aaab", "x")])
+    write_rows(kitchen / "wide.jsonl", [("zzzz", "x"), ("zzzy", "x")])
+    learn = ("route", "--base", "./tiny-llama", "--learn")
+    for name in ("plain", "wide"):
+        lorareg(*learn, name, "--rows", f"{name}.jsonl")
+    named = [{"ref": name, "name": name} for name in ("plain", "wide")]
+    recipe = kitchen.recipe(adapters=named, method={"type": "prompt_router"})
+    lorareg("compose", recipe)
+    lock = shutil.copy(kitchen.out / "lorareg.lock", kitchen / "kept.lock")
+    pins = json.loads((kitchen / "kept.lock").read_text())["data"]
+    assert set(pins) == {"train", "test", "rows of plain", "rows of wide"}
+    lorareg("compose", recipe, "--force", "--lock", lock)
+    write_rows(kitchen / "plain.jsonl", [("bbbb", "x"), ("bbba", "x")])
+    lorareg(*learn, "plain", "--rows", "plain.jsonl")
+    said = lorareg.fails("compose", recipe, "--force", "--lock", lock)
+    assert "data rows of plain: centroid has another content" in said
+    assert "wide" not in said
+    with Registry() as registry:
+        [(one, stored)] = [(a, c) for a, c in registry.centroids() if a.record.name == "wide"]
+        registry.put_centroid(one.ref, replace(stored, layer=stored.layer + 1))
+    said = lorareg.fails("compose", recipe, "--force")
+    assert f"wide: what is stored of its rows is of hidden state {stored.layer + 1}" in said
+    assert "lorareg route --learn wide" in said
+
+
+def test_examples_that_are_tested_on_are_told(lorareg, kitchen):
+    tested = (kitchen / "test.jsonl").read_text().splitlines()
+    (kitchen / "a.jsonl").write_text("\n".join(tested[:3]))
+    write_rows(kitchen / "z.jsonl", [("zzzz", "x")])
+    named = [{"ref": f"./loras/{name}", "name": name} for name in ("plain", "wide")]
+    examples = {"plain": "a.jsonl", "wide": "z.jsonl"}
+    method = {"type": "prompt_router", "examples": examples}
+    lorareg("compose", kitchen.recipe(adapters=named, method=method))
+    assert "3 of 10 test rows are also training rows or examples" in kitchen.results()["notes"]

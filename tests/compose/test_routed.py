@@ -18,13 +18,14 @@ from safetensors.torch import load_file, save_file
 from lorahub_registry.adapters.dynamic import FOLDER
 from lorahub_registry.adapters.facts import read_facts
 from lorahub_registry.compose.encoder import Rows
+from lorahub_registry.compose.fit import fit
 from lorahub_registry.compose.routed import mean_coefficients
 from lorahub_registry.compose.run import compose
-from lorahub_registry.compose.verdict import judge
 from lorahub_registry.errors import IncompatibleAdapters, NotApplied, RecipeError
-from lorahub_registry.evaluate.nll import RowNLL, score
+from lorahub_registry.evaluate.nll import score
 from lorahub_registry.evaluate.stock import stock_peft
 from lorahub_registry.evaluate.tokens import Encoded
+from lorahub_registry.runtime.apply import applied
 from lorahub_registry.runtime.mixture import Coefficients
 from lorahub_registry.weights.dynamic import load_dynamic
 from lorahub_registry.weights.files import load_deltas
@@ -32,6 +33,9 @@ from lorahub_registry.weights.lowrank import weighted_sum
 from tests import tiny
 from tests.compose.dynamic import IDS, SHORT, STILL, THREE, Made, logits, mix, of_folder
 from tests.compose.making import deltas, encoded, member, recipe, rows
+
+MODEL = "learned static coefficients (per model)"
+LAYER = "learned static coefficients (per layer)"
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +51,10 @@ def test_it_is_proven_against_all_that_is_simpler(flow: Made) -> None:
     assert flow.made.proof is not None
     assert [(row.name, row.kind) for row in flow.made.proof.table] == [
         ("base", "base"), ("plain", "adapter"), ("wide", "adapter"), ("rslora", "adapter"),
-        ("uniform average", "uniform"), ("learned static coefficients", "static"),
+        ("uniform average", "uniform"), (MODEL, "static"), (LAYER, "static"),
         ("plain LoRA with mean coefficients", "plain"), ("mixture", "mixture"),
     ]  # fmt: skip
-    assert len(set(flow.table.values())) == 8
+    assert len(set(flow.table.values())) == 9
     # The root's deltas before they were written, not the mixture's.
     assert flow.made.proof.exact_nll == pytest.approx(
         flow.table["plain LoRA with mean coefficients"], rel=1e-5
@@ -153,19 +157,42 @@ def test_results_tell_how_it_came_about(flow: Made) -> None:
     assert flow.out.as_posix() not in (flow.out / FOLDER / "adapter_config.json").read_text()
 
 
-def test_the_verdict_names_what_is_as_good_and_simpler() -> None:
-    def at(mean: float) -> RowNLL:
-        return RowNLL(torch.full((9,), mean, dtype=torch.float64), torch.ones(9))
+@pytest.mark.parametrize(
+    ("method", "per", "sizes"),
+    [
+        ({"type": "lora_flow", "training": STILL}, ["model", "layer"], [2, 4]),
+        ({"type": "lora_flow", "per": "module", "training": STILL}, ["model", "module"], [2, 8]),
+        ({"type": "lora_flow", "per": "model", "training": STILL}, ["model"], [2]),
+        ({"type": "arrow"}, ["model", "module"], [2, 8]),
+    ],
+)
+def test_static_coefficients_have_no_penalty_and_are_as_many_as_what_decides(
+    tiny_llama: tiny.Tiny, tmp_path: Path, method: Any, per: list[str], sizes: list[int]
+) -> None:
+    kinds = ["plain", "same"]
+    made = mix(tiny_llama, tmp_path / "out", method, kinds)
+    rivals = [name for name in made.table if name.startswith("learned static")]
+    assert rivals == [f"learned static coefficients (per {one})" for one in per]
+    for name, learn, size in zip(rivals, made.wanted.method.rivals, sizes, strict=True):
+        assert learn.l1 == 0
+        wanted = made.wanted.model_copy(update={"method": learn})
+        members = [member(tiny_llama.adapter(kind)) for kind in kinds]
+        fitted = fit(wanted, members, made.base, encoded(made.base, 6))
+        assert len(fitted.pairs) == size
+        batch = made.base.batches(encoded(made.base, 10)[6:])
+        with applied(made.base.model, fitted.mixture):
+            assert score(made.base.model, batch).mean == pytest.approx(made.table[name], rel=1e-5)
 
-    static, plain = "learned static coefficients", "plain LoRA with mean coefficients"
-    scores = {"base": at(3), "one": at(2), "uniform average": at(2.5), "mixture": at(1)}
-    found = judge(scores | {static: at(0.9), plain: at(1.1)}, ["one"])
-    assert found.win
-    assert f"; it is no better than the {static} (its NLL is 0.100 ± 0.000 higher)" in found.text
-    assert plain not in found.text
-    found = judge(scores | {static: at(1.1), plain: at(1)}, ["one"])
-    assert static not in found.text
-    assert found.text.endswith(f"no better than the {plain} (its NLL is 0.000 ± 0.000 higher)")
+
+def test_more_coefficients_than_the_rows_have_tokens_are_no_rival_and_that_is_said(
+    tiny_llama: tiny.Tiny, tmp_path: Path
+) -> None:
+    method = {"type": "lora_flow", "per": "module", "training": STILL}
+    made = mix(tiny_llama, tmp_path / "out", method, train=1)
+    assert MODEL in made.table
+    assert "learned static coefficients (per module)" not in made.table
+    [said] = [note for note in made.made.notes if "to compare with" in note]
+    assert said.startswith("no learned static coefficients (per module) to compare with: per: mod")
 
 
 @pytest.mark.parametrize("per", ["layer", "module", "model"])
@@ -187,9 +214,7 @@ def test_it_starts_with_the_learned_static_coefficients(
     method = {"type": "lora_flow", "training": STILL}
     made = mix(tiny_llama, tmp_path / "out", method)
     assert made.made.coefficients == pytest.approx(made.facts["routing"]["static"], abs=1e-5)
-    assert made.table["mixture"] == pytest.approx(
-        made.table["learned static coefficients"], rel=1e-5
-    )
+    assert made.table["mixture"] == pytest.approx(made.table[MODEL], rel=1e-5)
 
 
 def test_uniform_is_uniform(tiny_llama: tiny.Tiny, tmp_path: Path) -> None:
@@ -209,12 +234,12 @@ def test_one_row_is_enough_and_what_it_cannot_tell_is_said(
 def test_where_nothing_static_can_be_learned_it_starts_uniform_and_says_so(
     tiny_llama: tiny.Tiny, tmp_path: Path
 ) -> None:
-    # So faint that the penalty on coefficients outweighs whatever they bring.
+    # So faint that float32 tells no loss with them from one without.
     members = []
     for kind in ("plain", "same"):
         folder = Path(shutil.copytree(tiny_llama.adapter(kind), tmp_path / kind))
         file = folder / "adapter_model.safetensors"
-        faint = {k: v * (1e-3 if "lora_B" in k else 1) for k, v in load_file(file).items()}
+        faint = {k: v * (1e-6 if "lora_B" in k else 1) for k, v in load_file(file).items()}
         save_file(faint, file, metadata={"format": "pt"})
         members.append(member(folder))
     out = tmp_path / "out"
@@ -224,8 +249,9 @@ def test_where_nothing_static_can_be_learned_it_starts_uniform_and_says_so(
     assert made.proof is not None
     assert "static" not in {row.kind for row in made.proof.table}
     assert made.coefficients == pytest.approx({"plain": 0.5, "same": 0.5})
-    [missing, start] = made.notes
-    assert missing.startswith("no static coefficients were learned to compare with: no mixture is")
+    [model, layer, start] = made.notes
+    assert model.startswith(f"no {MODEL} to compare with: no mixture is")
+    assert layer.startswith(f"no {LAYER} to compare with: no mixture is")
     assert start == "the gates start with the uniform average"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorahub_registry.compose.verdict import judge
+from lorahub_registry.compose.verdict import PLAIN, judge
 from lorahub_registry.evaluate.nll import RowNLL
 
 ROWS = 100
@@ -93,3 +93,65 @@ def test_an_adapter_without_finite_loss_is_not_the_best() -> None:
 def test_pairing_decides_and_not_the_spread_of_either() -> None:
     noisy = {k: RowNLL(v.sums + 30 * NOISE, v.tokens) for k, v in scores(at(1.4, 0.2)).items()}
     assert judge(noisy, ["zog", "arr"]).win
+
+
+STATIC = "learned static coefficients (per layer)"
+
+
+def decides(
+    mixture: RowNLL, *, uniform: float = 2.5, static: float = 1.45, plain: float = 1.6
+) -> dict[str, RowNLL]:
+    """A dynamic mixture's scores; ``arr`` alone is at 1.5."""
+    return scores(mixture, uniform=uniform) | {STATIC: at(static), PLAIN: at(plain)}
+
+
+def test_one_that_decides_has_to_beat_the_best_of_all_that_is_simpler() -> None:
+    found = judge(decides(at(1.4, 0.2)), ["zog", "arr"])
+    assert (found.win, found.against) == (True, STATIC)
+    assert found.text == f"beats the {STATIC}, the best of all else, by 0.050 ± 0.020 NLL"
+    found = judge(decides(at(1.4, 0.2), static=1.55), ["zog", "arr"])
+    assert (found.win, found.against) == (True, "arr")
+    assert found.text.startswith("beats the best single adapter, arr, the best of all else, by 0.1")
+
+
+@pytest.mark.parametrize(
+    ("against", "changed"),
+    [(STATIC, {"static": 1.41}), (PLAIN, {"plain": 1.41}), ("uniform average", {"uniform": 1.41})],
+)
+def test_it_does_not_win_by_beating_single_adapters_alone(
+    against: str, changed: dict[str, float]
+) -> None:
+    found = judge(decides(at(1.4, 0.2), **changed), ["zog", "arr"])
+    assert (found.win, found.against) == (False, against)
+    assert found.text == (
+        f"no better than the {against}: use the {against} (its NLL is 0.010 ± 0.020 lower)"
+    )
+
+
+def test_what_is_certainly_worse_is_called_worse() -> None:
+    found = judge(decides(at(1.5, 0.2)), ["zog", "arr"])
+    assert not found.win
+    assert found.text == (
+        f"worse than the {STATIC}: use the {STATIC} (its NLL is 0.050 ± 0.020 higher)"
+    )
+    assert judge(decides(at(1.48, 0.2)), ["zog", "arr"]).text.startswith("no better than the l")
+    assert judge(decides(at(1.9), static=1.8), ["zog", "arr"]).text.startswith("worse than arr: u")
+    base = decides(at(1.4)) | {"base": at(1.2)}
+    assert judge(base, ["zog", "arr"]).text.startswith("worse than the base: use the base (its")
+
+
+def test_a_noisy_one_that_is_not_the_best_is_named_beside_the_win() -> None:
+    noisy = decides(at(1.4)) | {"zog": at(1.46, 0.5)}
+    found = judge(noisy, ["zog", "arr"])
+    assert (found.win, found.against) == (True, STATIC)
+    assert found.text.endswith("; it is no better than zog (its NLL is 0.060 ± 0.050 lower)")
+
+
+def test_of_one_that_decides_one_row_is_no_proof_and_broken_ones_do_not_count() -> None:
+    one = {k: RowNLL(v.sums[:1], v.tokens[:1]) for k, v in decides(at(0.1)).items()}
+    found = judge(one, ["zog", "arr"])
+    assert not found.win
+    assert found.text.startswith("no better than")
+    assert "nan" not in found.text
+    broken = decides(at(1.4)) | {STATIC: at(float("nan"))}
+    assert judge(broken, ["zog", "arr"]).against == "arr"

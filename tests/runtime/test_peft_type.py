@@ -20,10 +20,13 @@ from torch import nn
 
 import lorahub_registry.runtime  # noqa: F401
 from lorahub_registry.adapters.dynamic import Arrow, LoraFlow
-from lorahub_registry.errors import IncompatibleAdapters
+from lorahub_registry.errors import IncompatibleAdapters, UsageError
 from lorahub_registry.runtime.layers import GateLayer, MixtureLayer
 from lorahub_registry.runtime.mixture import Coefficients
-from lorahub_registry.runtime.places import layer_of
+from lorahub_registry.runtime.operator import RowsMerged
+from lorahub_registry.runtime.places import layer_of, place_of
+from lorahub_registry.runtime.prompts import mask_of
+from lorahub_registry.weights.lowrank import LowRank
 from tests.runtime.conftest import Mixture
 
 ROUTERS = ["constant", "layer", "module", "model", "arrow", "prompt", "prompt deeper"]
@@ -207,6 +210,8 @@ def test_a_half_precision_base_keeps_float32_experts(mixture: Make, kind: str) -
             continue
         bare = logits(made.base.model().bfloat16()).float()
         assert float((found.float() - wide).std()) < 0.5 * float((bare - wide).std())
+    # Only PEFT's model knows which tokens are the prompt where no cache does.
+    model = made.load(made.base.model().bfloat16())
     assert torch.equal(tokens(model), tokens(model, use_cache=False))
 
 
@@ -322,6 +327,117 @@ def test_given_coefficients_take_the_routers_place(mixture: Make) -> None:
             alone = logits(model, IDS[row : row + 1])
         torch.testing.assert_close(chosen[row], alone[0], rtol=1e-5, atol=1e-4)
     assert torch.equal(logits(model), own)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("c", "said"),
+    [
+        (torch.ones(1), "of shape [1] for 3 experts"),
+        (torch.ones(4), "of shape [4] for 3 experts"),
+        (torch.ones(3, 3), "of shape [3, 3] for 3 experts"),
+        (torch.ones(3, 1, 1), "of shape [3, 1, 1] for 3 experts"),
+        (torch.ones(3, dtype=torch.int64), "no finite numbers"),
+        (torch.tensor([1, torch.nan, 0]), "no finite numbers"),
+        (torch.ones(2, 1, 3), "coefficients for 2 rows, and a batch of 3"),
+        (torch.ones(1, 1, 3), "coefficients for 1 rows, and a batch of 3"),
+        (Coefficients(torch.ones(3, 1, 1), torch.full((3, 1, 1), 3)), "not among 0 to 2"),
+        (Coefficients(torch.ones(3, 1, 1), torch.full((3, 1, 1), -1)), "not among 0 to 2"),
+        (Coefficients(torch.ones(3, 1, 1), torch.zeros(3, 1, 2).long()), "which says [3, 1, 2]"),
+    ],
+)
+def test_coefficients_that_do_not_fit_are_refused(mixture: Make, c: Any, said: str) -> None:
+    model = mixture("layer").load()
+    expected = logits(model)
+    with pytest.raises(UsageError) as caught, model.base_model.coefficients(c):
+        logits(model)
+    assert said in str(caught.value)
+    with pytest.raises(UsageError, match="no mixture is called ghost"):
+        model.base_model.coefficients(torch.ones(3), "ghost").__enter__()
+    assert torch.equal(logits(model), expected)
+    # One row of as many tokens as rows have coefficients is a batch of one.
+    with pytest.raises(UsageError), model.base_model.coefficients(torch.ones(7, 1, 3)):
+        logits(model, IDS[:1])
+
+
+class Choosing(nn.Module):
+    """A layer whose experts get the tokens that are theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, 32)
+        out, first = torch.zeros_like(flat), flat[:, 0] > 0
+        for expert, chosen in zip(self.experts, (first, ~first), strict=True):
+            out[chosen] = expert(flat[chosen])
+        return out.view_as(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_a_layers_experts_have_no_rows(mixture: Make, tiny_llama: Any, kind: str) -> None:
+    def sparse() -> Any:
+        torch.manual_seed(0)
+        model = tiny_llama.model()
+        for layer in model.model.layers:
+            layer.mlp = Choosing()
+        return model
+
+    name = "model.layers.1.mlp.experts.1"
+    one = {name: LowRank(torch.randn(2, 32), torch.randn(32, 2))}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.runtime.conftest.experts_on", lambda _: [one, one, one])
+        patch.setattr("tests.runtime.conftest.place_of", lambda *_: "model.layers.1")
+        made = mixture(kind)
+    if kind in {"layer", "model", "prompt", "prompt deeper"}:
+        base = sparse()
+        with pytest.raises(IncompatibleAdapters, match="is in an expert of its layer"):
+            made.load(base)
+        assert not [n for n, _ in base.named_modules() if "lora_" in n]
+        return
+    model = made.load(sparse())
+    whole = logits(model)
+    for row in range(3):
+        torch.testing.assert_close(whole[row], logits(model, IDS[row : row + 1])[0])
+    with (
+        pytest.raises(RowsMerged, match="rows cannot be told apart"),
+        model.base_model.coefficients(torch.ones(3, 1, 3)),
+    ):
+        logits(model)
+    if kind == "constant":
+        with pytest.raises(RowsMerged, match="rows cannot be told apart"):
+            logits(model, adapter_names=["default", "__base__", "default"])
+
+
+@pytest.mark.parametrize(
+    ("name", "crosses"),
+    [
+        ("decoder.block.0.layer.1.EncDecAttention.k", True),
+        ("model.decoder.layers.0.encoder_attn.v_proj", True),
+        ("model.layers.0.cross_attn.k_proj", True),
+        ("bert.encoder.layer.0.crossattention.self.key", True),
+        ("transformer.h.0.crossattention.c_attn", True),
+        ("transformer.h.0.crossattention.q_attn", False),
+        ("bert.encoder.layer.0.crossattention.output.dense", False),
+        ("model.layers.0.cross_attn.q_proj", False),
+        ("model.layers.0.self_attn.k_proj", False),
+        ("transformer.h.0.attn.c_attn", False),
+    ],
+)
+def test_what_sees_another_sequence_is_known_by_name(name: str, crosses: bool) -> None:
+    model, parts = nn.Module(), name.split(".")
+    at = model
+    for i, part in enumerate(parts):
+        listed = i + 1 < len(parts) and parts[i + 1].isdigit()
+        at.add_module(part, nn.ModuleList() if listed else nn.Module())
+        at = getattr(at, part)
+    if crosses:
+        with pytest.raises(IncompatibleAdapters, match="sees the encoder's tokens"):
+            place_of(name, LoraFlow(), model)
+    else:
+        assert place_of(name, LoraFlow(), model) == layer_of(name, model)
 
 
 def test_merging_is_refused_with_the_reason(mixture: Make) -> None:
@@ -442,6 +558,182 @@ def test_checkpointing_gives_the_same_gradients_or_is_refused(
     for name, value in expected.items():
         assert bool(value.any())
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_two_forwards_before_a_backward_are_right_or_refused(mixture: Make, kind: str) -> None:
+    made, (one, two, _) = mixture(kind), IDS.split(1)
+
+    def gradients(checkpointing: bool, order: str) -> dict[str, torch.Tensor]:
+        model = made.load(is_trainable=True).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        first = model(input_ids=one, labels=one).loss
+        if order == "in turn":
+            first.backward(retain_graph=True)
+            first.mul(0.5).backward()
+            with torch.no_grad():
+                model(input_ids=two)
+        second = model(input_ids=two, labels=two).loss
+        if order == "forgotten":
+            del first
+            second.backward()
+        elif order == "in turn":
+            second.backward()
+        else:
+            (first - second).backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+    for order in ("in turn", "forgotten", "together"):
+        if kind != "module" and order == "together":
+            with pytest.raises(IncompatibleAdapters, match="decided for another batch") as caught:
+                gradients(True, order)
+            assert "backward after each forward" in (caught.value.hint or "")
+            continue
+        found, expected = gradients(True, order), gradients(False, order)
+        for name, value in expected.items():
+            assert bool(value.any())
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["layer", "model"])
+def test_an_evaluation_before_the_backward_is_refused_with_checkpointing(
+    mixture: Make, kind: str
+) -> None:
+    model = mixture(kind).load(is_trainable=True).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss = model(input_ids=IDS, labels=IDS).loss
+    with torch.no_grad():
+        model(input_ids=IDS.flip(1))
+    with pytest.raises(IncompatibleAdapters, match="decided for another batch"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("kind", ["layer", "model"])
+def test_checkpointing_an_encoder_and_a_decoder(mixture: Make, kind: str) -> None:
+    made = mixture(kind, "t5")
+
+    def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
+        model = made.load(is_trainable=True).train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0
+            elif isinstance(getattr(module, "dropout", None), float):
+                module.dropout = 0.0
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(input_ids=IDS, labels=IDS[:, :5].contiguous(), use_cache=False).loss.backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+    found, expected = gradients(True), gradients(False)
+    for name, value in expected.items():
+        assert bool(value.any())
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-6)
+
+
+def routed(model: Any, **call: Any) -> tuple[list[int], Any]:
+    """(Which expert each row of the call had, what the call gave)."""
+    seen: list[list[int]] = []
+
+    def watch(_: str, __: str, c: Coefficients) -> None:
+        seen.append(c.dense(3)[:, 0].argmax(-1).tolist())
+
+    with torch.no_grad(), model.base_model.watching(watch):
+        out = model(**call)
+    assert all(one == seen[0] for one in seen)
+    return seen[0], out
+
+
+def differing(model: Any, prompts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two prompts that are routed to different experts."""
+    first = routed(model, input_ids=prompts[0])[0]
+    return prompts[0], next(p for p in prompts if routed(model, input_ids=p)[0] != first)
+
+
+def test_each_prompt_is_routed_anew(mixture: Make) -> None:
+    """Also one that only adds a token to the last, and whichever router is asked between."""
+    model, alone = mixture("prompt").load(), mixture("prompt").load()
+    model.load_adapter(str(mixture("prompt", seed=11).folder), adapter_name="two")
+    start, changed = torch.tensor([[1, 40, 41]]), 0
+    before, _ = routed(model, input_ids=start)
+    for last in range(3, 250, 5):
+        longer = torch.tensor([[1, 40, 41, last]])
+        model.set_adapter("two")
+        routed(model, input_ids=start)
+        model.set_adapter("default")
+        routed(model, input_ids=start)
+        found, _ = routed(model, input_ids=longer)
+        alone.base_model._flow.decided.clear()
+        assert found == routed(alone, input_ids=longer)[0]
+        changed += found != before
+    assert changed
+
+
+def test_a_cache_keeps_what_its_prompt_was_routed_to(mixture: Make) -> None:
+    model = mixture("prompt").load()
+    one, other = differing(model, [torch.tensor([[1, i, i + 1]]) for i in range(3, 200)])
+    chosen, first = routed(model, input_ids=one, use_cache=True)
+    others, second = routed(model, input_ids=other, use_cache=True, return_dict=False)
+    assert chosen != others
+    step, cache = torch.tensor([[50]]), first.past_key_values
+    for _ in range(2):
+        assert routed(model, input_ids=step, past_key_values=cache)[0] == chosen
+        assert routed(model, input_ids=step, past_key_values=second[1])[0] == others
+    with pytest.raises(IncompatibleAdapters, match="was not begun with mixture 'default'"):
+        model(input_ids=step, past_key_values=copy.deepcopy(cache))
+    # And a conversation goes on with the expert that it began with.
+    longer = torch.cat([one, step, step, other], 1)
+    with model.base_model.watching(lambda _, __, c: seen.add(int(c.dense(3)[0, 0].argmax()))):
+        seen: set[int] = set()
+        model.generate(input_ids=longer, past_key_values=cache, max_new_tokens=3)
+    assert [seen] == [set(chosen)]
+
+
+def test_generating_reads_the_prompt_and_nothing_after_it(mixture: Make) -> None:
+    model = mixture("prompt").load()
+    ways: list[dict[str, Any]] = [
+        {}, {"use_cache": False}, {"cache_implementation": "static"},
+        {"num_beams": 2}, {"prompt_lookup_num_tokens": 2},
+    ]  # fmt: skip
+    for way in ways:
+        ids = torch.tensor([[1, 5, 6, 5, 6]]) if "prompt_lookup_num_tokens" in way else LEFT
+        seen: list[torch.Tensor] = []
+
+        def watch(_: str, __: str, c: Coefficients, seen: list[torch.Tensor] = seen) -> None:
+            seen.append(c.dense(3)[:, 0])
+
+        with model.base_model.watching(watch):
+            model(input_ids=ids, attention_mask=(ids != 0).long())
+            expected = seen[0].repeat_interleave(way.get("num_beams", 1), 0)
+            seen.clear()
+            tokens(model, ids, min_new_tokens=8, **way)
+        for one in seen:
+            torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(IncompatibleAdapters, match="reads prompts whole, and of 6 tokens"):
+        tokens(model, LEFT, prefill_chunk_size=2)
+
+
+@torch.no_grad()
+def test_static_caches_masks_are_read(mixture: Make) -> None:
+    model = mixture("prompt deeper").load()
+    found = tokens(model, LEFT, cache_implementation="static")
+    for row in range(3):
+        alone = tokens(model, LEFT[row][LEFT[row] != 0][None])
+        assert torch.equal(found[row], alone[0])
+
+
+def test_masks_that_tell_no_padding_are_refused(mixture: Make) -> None:
+    ids = torch.ones(2, 3, dtype=torch.int64)
+    causal = torch.ones(2, 1, 3, 5, dtype=torch.bool).tril()
+    causal[1, :, :, 0] = False
+    expected = torch.tensor([[1, 1, 1], [0, 1, 1]])
+    assert torch.equal(mask_of(causal, ids), expected)  # type: ignore[arg-type]
+    added = torch.zeros(causal.shape).masked_fill(~causal, torch.finfo(torch.float32).min)
+    assert torch.equal(mask_of(added, ids), expected)  # type: ignore[arg-type]
+    assert mask_of(None, ids) is None
+    for wrong in ({"full_attention": causal}, causal[:, :, -1:], causal[0]):
+        with pytest.raises(IncompatibleAdapters, match="cannot tell prompts from padding"):
+            mask_of(wrong, ids)
 
 
 def test_an_evaluation_between_steps_blinds_no_gate(mixture: Make) -> None:

@@ -89,6 +89,26 @@ def fewer_ranks(t: dict[str, torch.Tensor]) -> None:
     t[key] = t[key][1:]
 
 
+def stand_alone(t: dict[str, torch.Tensor]) -> None:
+    del t[next(k for k in t if ".lora_B." in k)]
+
+
+def no_a(t: dict[str, torch.Tensor]) -> None:
+    del t[next(k for k in t if ".lora_A." in k)]
+
+
+def scalar(t: dict[str, torch.Tensor]) -> None:
+    t[GATE] = torch.tensor(1.0)
+
+
+def poison_expert(t: dict[str, torch.Tensor]) -> None:
+    t[next(k for k in t if ".lora_B." in k)][0, 0] = torch.inf
+
+
+def other_gate(t: dict[str, torch.Tensor]) -> None:
+    t[GATE] += 1
+
+
 def drop_layer(t: dict[str, torch.Tensor]) -> None:
     del t[GATE.replace("layers.0", "layers.1")]
 
@@ -103,6 +123,11 @@ def deeper(t: dict[str, torch.Tensor]) -> None:
         (poison, BrokenAdapter, "lora_gate holds NaN"),
         (change_expert, BrokenAdapter, "is not the one that the router was made with"),
         (widen, IncompatibleAdapters, "lora_gate is 3x64, and on this base it would be 3x32"),
+        (stand_alone, BrokenAdapter, "lora_A.weight stands alone"),
+        (no_a, BrokenAdapter, "lora_B.weight stands alone"),
+        (scalar, BrokenAdapter, "lora_gate is of shape []"),
+        (poison_expert, BrokenAdapter, "lora_B.weight holds NaN or infinity"),
+        (other_gate, BrokenAdapter, "its router is not the one"),
         (another, BrokenAdapter, "is for 4 experts, and there are 3"),
         (fewer_ranks, BrokenAdapter, "ranks where its experts have"),
         (drop_layer, BrokenAdapter, "has no model.layers.1.mixture.lora_gate"),
@@ -125,6 +150,53 @@ def test_what_does_not_fit_is_refused_in_words(
     # And the base is as it was.
     assert [name for name, _ in base.named_modules()] == names
     assert not [m for m in base.modules() if m._forward_pre_hooks]
+
+
+@pytest.mark.parametrize("part", ["expert", "router", "temperature", "order"])
+def test_a_config_without_sums_or_with_another_router_is_refused(
+    folder: Path, tiny_llama: tiny.Tiny, part: str
+) -> None:
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    mixture = config["mixture"]
+    if part == "expert":
+        del mixture["experts"][1]["sha256"]
+    elif part == "router":
+        del mixture["sha256"]
+    elif part == "temperature":
+        mixture["router"]["temperature"] = 9.0
+    else:
+        mixture["experts"].reverse()
+    file.write_text(json.dumps(config))
+    with pytest.raises(BrokenAdapter, match=r"not the one that|ranks where its experts have"):
+        load_dynamic(folder)
+    base = tiny_llama.model()
+    with pytest.raises(BrokenAdapter, match=r"not the one that|ranks where its experts have"):
+        PeftModel.from_pretrained(base, str(folder))
+    assert not [name for name, _ in base.named_modules() if "lora_" in name or "mixture" in name]
+
+
+def test_trained_gates_are_signed_anew(folder: Path, tiny_llama: tiny.Tiny, tmp_path: Path) -> None:
+    model = PeftModel.from_pretrained(tiny_llama.model(), str(folder), is_trainable=True)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(1)
+    model.save_pretrained(str(tmp_path / "again"))
+    dynamic, _, router = load_dynamic(tmp_path / "again")
+    assert dynamic.sha256 != read_dynamic(folder).sha256
+    assert torch.equal(router[GATE[17:]], load_dynamic(folder)[2][GATE[17:]] + 1)
+
+
+def test_a_model_made_half_saves_the_experts_it_was_given(
+    folder: Path, tiny_llama: tiny.Tiny, tmp_path: Path
+) -> None:
+    model = PeftModel.from_pretrained(tiny_llama.model(), str(folder)).to(torch.bfloat16)
+    assert model.base_model.model.lm_head.weight.dtype == torch.bfloat16
+    assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.float32}
+    assert torch.isfinite(model(torch.tensor([[1, 5, 6]])).logits).all()
+    model.save_pretrained(str(tmp_path / "again"))
+    assert load_dynamic(tmp_path / "again")[0] == read_dynamic(folder)
 
 
 def test_a_second_one_that_is_broken_leaves_the_first(folder: Path, tiny_llama: tiny.Tiny) -> None:
