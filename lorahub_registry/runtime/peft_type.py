@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
 from torch import nn
@@ -89,6 +89,15 @@ class MixtureModel(BaseTuner):
     prefix = "lora_"
     tuner_layer_cls = (MixtureLayer, GateLayer)
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        kinds = {type(m).__name__ for m in model.modules() if isinstance(m, BaseTunerLayer)}
+        if kinds - {"MixtureLayer", "GateLayer"}:
+            raise IncompatibleAdapters(
+                "the base carries adapters of another PEFT type, and the two would be added up",
+                hint="load the mixture on a fresh base, or take the others off (model.unload())",
+            )
+        super().__init__(model, *args, **kwargs)
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         self._flow = flow_of(model) or Flow()

@@ -903,3 +903,14 @@ def test_a_quantised_base(mixture: Make) -> None:
         assert torch.isfinite(found).all()
         assert float((found - bare).abs().max()) > 0.1
         assert torch.equal(tokens(model), tokens(model, use_cache=False))
+
+
+def test_on_a_base_with_other_adapters_it_is_refused(mixture: Make, tiny_llama: Any) -> None:
+    base = tiny_llama.model()
+    other = PeftModel.from_pretrained(base, str(tiny_llama.adapter("plain"))).eval()
+    before = logits(other)
+    with pytest.raises(IncompatibleAdapters, match="adapters of another PEFT type"):
+        PeftModel.from_pretrained(base, str(mixture("layer").folder))
+    assert torch.equal(logits(other), before)
+    assert set(other.peft_config) == {"default"}
+    assert other.peft_config["default"].peft_type == "LORA"
