@@ -11,6 +11,7 @@ from typing import Any
 from lorahub_registry.adapters.base_files import BaseFacts
 from lorahub_registry.adapters.compat import Member, check_base, check_factors, check_sum
 from lorahub_registry.adapters.config import CONFIG_NAME
+from lorahub_registry.adapters.dynamic import folder_to_run
 from lorahub_registry.adapters.tensors import WEIGHTS_NAME, file_sha256
 from lorahub_registry.api.bases import ResolvedBase, resolve_base
 from lorahub_registry.api.output import check_output
@@ -105,6 +106,11 @@ def prepare(
     notes = check_base(members, found.facts, allow=wanted.allow_base)
     for note in notes:
         progress.warn(f"allow_base: {note}")
+    for member in members:
+        if folder_to_run(member.folder) != member.folder:
+            progress.warn(
+                f"{member.name} decides while it runs; its plain LoRA is taken, another model"
+            )
     if wanted.publish is not None:
         agreed_license(wanted, members)
     train, test = (

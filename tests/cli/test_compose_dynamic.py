@@ -230,7 +230,8 @@ def test_a_mixture_that_decides_is_no_member_but_its_plain_lora_is(lorareg, kitc
         name="second", adapters=["./out/blend", "./loras/plain"], method={"type": "arrow"},
         output={"path": "out/second"},
     )  # fmt: skip
-    lorareg("compose", plain)
+    said = lorareg("compose", plain).err
+    assert "blend decides while it runs; its plain LoRA is taken" in " ".join(said.split())
 
 
 def test_bad_input_is_refused_by_name_and_nothing_is_written(lorareg, kitchen):
