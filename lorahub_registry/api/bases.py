@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorahub_registry.adapters.base_files import BaseFacts, base_digest, base_stamp, read_base
 from lorahub_registry.adapters.config import CONFIG_NAME
@@ -14,6 +15,9 @@ from lorahub_registry.refs import expand, looks_like_path
 from lorahub_registry.registry.records import AdapterRecord
 from lorahub_registry.registry.store import Registry
 from lorahub_registry.settings import Settings
+
+if TYPE_CHECKING:
+    from lorahub_registry.evaluate.base import LoadedBase
 
 
 @dataclass(frozen=True)
@@ -123,3 +127,30 @@ def _by_family(name: str, registry: Registry) -> str:
             hint="write the one you mean in full",
         )
     return matches[0] if matches else name
+
+
+def load_found(
+    found: ResolvedBase,
+    device: str,
+    dtype: str,
+    progress: Progress = silent,
+    *,
+    quantization: str | None = None,
+) -> LoadedBase:
+    """The base that was found, loaded.
+
+    Raises:
+        BaseModelError: it cannot be.
+    """
+    from lorahub_registry.evaluate.base import load_base
+
+    assert found.folder is not None
+    with progress.task(f"Loading {found.facts.name}"):
+        return load_base(
+            found.folder,
+            name=found.facts.name,
+            revision=found.facts.revision,
+            device=device,
+            dtype=dtype,
+            quantization=quantization,
+        )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from lorahub_registry.api.bases import ResolvedBase, base_of
+from lorahub_registry.api.bases import base_of, load_found
 from lorahub_registry.errors import UsageError
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.recipes import Data, Split, read_file
@@ -109,25 +109,6 @@ def centroid_of_rows(
 def positions(base: LoadedBase) -> int | None:
     """How many tokens it takes; None where any number."""
     return getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def load_found(found: ResolvedBase, device: str, dtype: str, progress: Progress) -> LoadedBase:
-    """The base that was found, loaded.
-
-    Raises:
-        BaseModelError: it cannot be.
-    """
-    from lorahub_registry.evaluate.base import load_base
-
-    assert found.folder is not None
-    with progress.task(f"Loading {found.facts.name}"):
-        return load_base(
-            found.folder,
-            name=found.facts.name,
-            revision=found.facts.revision,
-            device=device,
-            dtype=dtype,
-        )
 
 
 def _rules(template: str, path: str, input: str, output: str) -> tuple[Data, Split]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorahub_registry.adapters.compat import Member
+from lorahub_registry.api.bases import load_found
 from lorahub_registry.api.gates_figure import draw_gates
 from lorahub_registry.api.output import new_folder
 from lorahub_registry.api.papers import dataset_id, finite, scores_of
@@ -116,8 +117,7 @@ def compose(
             hint="let the recipe name the base's folder or repo: each worker loads it from there",
         )
     ready = prepare(recipe, registry=registry, base=base, force=force, lock=lock, progress=progress)
-    with progress.task(f"Loading {ready.base.facts.name}"):
-        loaded = _loaded(ready, base)
+    loaded = _loaded(ready, base, progress)
     with new_folder(ready.out, force=force) as folder:
         from lorahub_registry.compose import run
         from lorahub_registry.evaluate.quiet import threads_for
@@ -135,20 +135,13 @@ def compose(
     return Mixture(ready.recipe.name, ready.out, results, stored, url)
 
 
-def _loaded(ready: Prepared, base: tuple[Any, Any] | None) -> LoadedBase:
-    from lorahub_registry.evaluate.base import adopt, load_base
+def _loaded(ready: Prepared, base: tuple[Any, Any] | None, progress: Progress) -> LoadedBase:
+    from lorahub_registry.evaluate.base import adopt
 
     facts, recipe = ready.base.facts, ready.recipe
     if base:
         return adopt(*base, name=facts.name, revision=facts.revision)
-    assert ready.base.folder is not None
-    return load_base(
-        ready.base.folder,
-        name=facts.name,
-        revision=facts.revision,
-        device=recipe.device,
-        dtype=recipe.dtype,
-    )
+    return load_found(ready.base, recipe.device, recipe.dtype, progress)
 
 
 def _rows(ready: Prepared, loaded: LoadedBase) -> Rows:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lorahub_registry.api.bases import ResolvedBase, resolve_base
-from lorahub_registry.api.centroids import load_found, positions
+from lorahub_registry.api.bases import ResolvedBase, load_found, resolve_base
+from lorahub_registry.api.centroids import positions
 from lorahub_registry.errors import BaseModelError, DataError, UnknownRef, UsageError
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.recipes import render
@@ -99,7 +99,7 @@ def route(
             raise BaseModelError(
                 f"{stored.record.name}: its centroid has {len(one.vector) // 4} numbers, and "
                 f"{loaded.name} is {width} wide",
-                hint=_learn(stored.ref, found, base),
+                hint=_learn(stored.ref, base),
             )
     centroids = torch.stack([_vector(one) for _, one in here])
     # Each adapter is asked by the prompt as its own rows were written.
@@ -210,7 +210,7 @@ def _tell(
         raise UnknownRef(
             f"none of the {answer.total} adapters of {found.facts.name}{having} has a centroid "
             f"on it{elsewhere}",
-            hint=_learn(without[0].ref, found, written),
+            hint=_learn(without[0].ref, written),
         )
     missing = answer.total - sum(1 for a in answer.adapters if a.id in ids or _mixed(a))
     if without:
@@ -218,11 +218,11 @@ def _tell(
         more = ", …" if missing > len(without[:_NAMED]) else ""
         progress.say(
             f"{missing} more of {found.facts.name} have no centroid and take no part: {names}{more}"
-            f"; {_learn(without[0].ref, found, written)}"
+            f"; {_learn(without[0].ref, written)}"
         )
 
 
-def _learn(ref: str, base: ResolvedBase, written: str) -> str:
+def _learn(ref: str, written: str) -> str:
     return f"lorareg route --learn {ref} --rows rows.jsonl --base {written}"
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lorahub_registry.adapters.compat import Member, check_base, check_sum, check_weights
 from lorahub_registry.adapters.dynamic import PEFT_TYPE, folder_to_run
 from lorahub_registry.adapters.facts import read_facts
-from lorahub_registry.api.bases import ResolvedBase, base_of
+from lorahub_registry.api.bases import ResolvedBase, base_of, load_found
 from lorahub_registry.api.prepare import prepare, read_recipe
 from lorahub_registry.api.xlora import check_xlora, is_xlora, load_xlora, xlora_on
 from lorahub_registry.card import FACTORY_NAME, RECIPE_NAME, RESULTS_NAME, read_results
@@ -295,19 +295,11 @@ def _load_base(
     dtype: str,
     progress: Progress,
 ) -> LoadedBase:
-    from lorahub_registry.evaluate.base import adopt, load_base
+    from lorahub_registry.evaluate.base import adopt
 
     if isinstance(base, tuple):
         return adopt(*base, name=record.base.name or "base")
-    assert base.folder is not None
-    with progress.task(f"Loading {base.facts.name}"):
-        return load_base(
-            base.folder,
-            name=base.facts.name,
-            revision=base.facts.revision,
-            device=device,
-            dtype=dtype,
-        )
+    return load_found(base, device, dtype, progress)
 
 
 def _template(folder: Path) -> str:

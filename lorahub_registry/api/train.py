@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorahub_registry.api.bases import load_found
 from lorahub_registry.api.estimate import estimate, in_words
 from lorahub_registry.api.factory import Ready, prepare_factory
 from lorahub_registry.api.output import report_head, resumable, write_report
@@ -102,8 +103,7 @@ def train(
     ready = prepare_factory(factory, registry=registry, force=force, progress=progress)
     if crew.leads:
         progress.say(in_words(estimate(ready, max_together=max_together)))
-    with progress.task(f"Loading {ready.base.facts.name}"):
-        base = _loaded(ready, crew.device)
+    base = _loaded(ready, crew.device, progress)
     if any(order.plan.training.packing for order in ready.orders):
         from lorahub_registry.evaluate.packing import check_packing
 
@@ -204,19 +204,10 @@ def _none(part: Any, learners: list[Learner]) -> DataError:
     return DataError(f"no adapter came to its end: {each}")
 
 
-def _loaded(ready: Ready, device: str | None) -> LoadedBase:
-    from lorahub_registry.evaluate.base import load_base
-
-    factory, facts = ready.factory, ready.base.facts
-    assert ready.base.folder is not None
-    return load_base(
-        ready.base.folder,
-        name=facts.name,
-        revision=facts.revision,
-        device=device if device and factory.device in {"auto", "cuda"} else factory.device,
-        dtype=factory.dtype,
-        quantization=factory.quantization,
-    )
+def _loaded(ready: Ready, device: str | None, progress: Progress) -> LoadedBase:
+    factory = ready.factory
+    place = device if device and factory.device in {"auto", "cuda"} else factory.device
+    return load_found(ready.base, place, factory.dtype, progress, quantization=factory.quantization)
 
 
 def _learners(ready: Ready, base: LoadedBase) -> list[Learner]:

@@ -24,6 +24,7 @@ from lorahub_registry.recipes.routed import LoraFlow
 from lorahub_registry.recipes.training import TrainingOptions
 from lorahub_registry.runtime.places import place_of, width_of
 from lorahub_registry.train.learner import Learner, items_of
+from lorahub_registry.train.parameters import fans
 from lorahub_registry.train.passes import Standing
 from lorahub_registry.train.run import train
 
@@ -63,15 +64,9 @@ def start(
 def _places(router: Router, modules: Iterable[str], model: Any) -> dict[str, int]:
     """Where a gate has its tensors → the width of what it sees, sorted."""
     if router.site == "module":
-        return {name: _fan_in(model.get_submodule(name)) for name in sorted(modules)}
+        return {name: fans(model.get_submodule(name))[0] for name in sorted(modules)}
     places = sorted({place_of(name, router, model) for name in modules})
     return {f"{place}.mixture": width_of(model) for place in places}
-
-
-def _fan_in(module: Any) -> int:
-    if type(module).__name__ == "Conv1D":
-        return int(module.weight.shape[0])
-    return int(module.in_features)
 
 
 class GateParameters:
