@@ -13,6 +13,7 @@ import pytest
 from lorahub_registry.api import mix, resume
 from lorahub_registry.api.prepare import prepare
 from lorahub_registry.compose.objective import Measure
+from lorahub_registry.progress import silent
 from lorahub_registry.registry.store import Registry
 from tests.cli.conftest import ROOT, tree
 
@@ -173,7 +174,7 @@ def key(kitchen, three):
     def _key(jobs=None, **changes):
         with Registry() as registry:
             ready = prepare(kitchen.recipe(**three | changes), registry=registry, force=True)
-            return resume._run_key(ready, mix._loaded(ready, None), jobs)
+            return resume._run_key(ready, mix._loaded(ready, None, silent), jobs)
 
     return _key
 
