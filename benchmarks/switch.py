@@ -5,9 +5,9 @@
 Rows are running text of TinyStories: a sentence to start from, then four more of which the first
 two call everybody Zog and the last two end in ", arr!" and leave names alone. No static mixture of
 the two adapters (names, pirates) suits both halves. Gates (LoRA-Flow, one a layer) are trained on
-200 rows with five seeds; the static mixtures learn on the same rows, with one coefficient an
+200 rows with five seeds (the larger model: 80); the static mixtures learn on the same rows, with one coefficient an
 adapter, one a group of layers, and one a module. Arrow and the uniform average learn nothing.
-Figures are the NLL (nats a token) of 200 held-out rows from another part of the text; differences
+Figures are the NLL (nats a token) of as many held-out rows from another part of the text; differences
 are paired by row. Test rows share no sentence with training rows.
 """
 
@@ -29,7 +29,8 @@ from tasks import DATA, MODELS
 import lorahub_registry as lr
 from lorahub_registry.registry.store import Registry
 
-ROWS, SEEDS = 200, 5
+ROWS = {"stories260k": 200, "babyllama105": 80}
+SEEDS = 5
 LONGEST = {"stories260k": 420, "babyllama105": 220}
 """Characters of a row, so that it fits the base's positions."""
 GATES: common.Json = {"learning_rate": 1e-2}
@@ -45,7 +46,7 @@ STATIC: dict[str, common.Json] = {
 }
 
 
-def rows(longest: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+def rows(longest: int, count: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """(training rows, test rows), each of five sentences that no other row has."""
     change, found = changes(), []
     seen: set[str] = set()
@@ -56,8 +57,8 @@ def rows(longest: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
             seen.update(five)
             first, second = change["zog"](" ".join(five[1:3])), change["arr"](" ".join(five[3:]))
             found.append({"input": change["zog"](five[0]), "output": f"{first} {second}"})
-    assert len(found) >= 2 * ROWS
-    return found[:ROWS], found[-ROWS:]
+    assert len(found) >= 2 * count
+    return found[:count], found[-count:]
 
 
 class Bench:
@@ -65,8 +66,8 @@ class Bench:
 
     def __init__(self, model: str, place: Path, count: int) -> None:
         self._model, self._place = model, place
-        for name, part in zip(("train", "test"), rows(LONGEST[model]), strict=True):
-            text = "".join(json.dumps(row) + "\n" for row in part[:count])
+        for name, part in zip(("train", "test"), rows(LONGEST[model], count), strict=True):
+            text = "".join(json.dumps(row) + "\n" for row in part)
             (place / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
     def composed(self, method: common.Json, seed: int = 0) -> tuple[common.Json, float]:
@@ -139,17 +140,17 @@ def main(args: argparse.Namespace) -> None:
         ("torch", "transformers", "peft"), threads=args.threads, seeds={"gates, from 0": SEEDS}
     )
     models = MODELS[:1] if args.quick else MODELS
-    count, seeds = (20, 2) if args.quick else (ROWS, SEEDS)
+    counts, seeds = (dict.fromkeys(models, 20), 2) if args.quick else (ROWS, SEEDS)
     found: common.Json = {}
     for model in models:
-        found[model] = measured(model, count, seeds, args.quick)
+        found[model] = measured(model, counts[model], seeds, args.quick)
         # After each: the larger model takes long.
         common.write(
             "switch",
             args,
             {
                 "benchmark": "switch",
-                "work": {"train_rows": count, "test_rows": count, "gates": GATES},
+                "work": {"train_rows": counts, "test_rows": counts, "gates": GATES},
                 "models": found,
                 "environment": environment | {"load_after": common.load()},
             },
