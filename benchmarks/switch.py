@@ -5,10 +5,10 @@
 Rows are running text of TinyStories: a sentence to start from, then four more of which the first
 two call everybody Zog and the last two end in ", arr!" and leave names alone. No static mixture of
 the two adapters (names, pirates) suits both halves. Gates (LoRA-Flow, one a layer) are trained on
-200 rows with five seeds (the larger model: 80); the static mixtures learn on the same rows, with one coefficient an
-adapter, one a group of layers, and one a module. Arrow and the uniform average learn nothing.
-Figures are the NLL (nats a token) of as many held-out rows from another part of the text; differences
-are paired by row. Test rows share no sentence with training rows.
+200 rows (of the larger model 80) with five seeds; the static mixtures learn on the same rows, with
+one coefficient an adapter, one a group of layers, and one a module. Arrow and the uniform average
+learn nothing. Figures are the NLL (nats a token) of as many held-out rows from another part of the
+text; differences are paired by row. Test rows share no sentence with training rows.
 """
 
 from __future__ import annotations
