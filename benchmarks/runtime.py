@@ -37,7 +37,8 @@ from torch.nn import functional
 
 import lorahub_registry.runtime  # noqa: F401
 from lorahub_registry.adapters.dynamic import Constant, LoraFlow
-from lorahub_registry.runtime.mixture import Coefficients, Experts, arrow, gate
+from lorahub_registry.runtime.mixture import Coefficients, Experts, turned
+from lorahub_registry.runtime.routers import arrow, gate
 from lorahub_registry.weights.dynamic import Origin, save_dynamic
 from lorahub_registry.weights.lowrank import LowRank
 
@@ -54,7 +55,7 @@ def module(width: int, experts: int, tokens: int, args: Any, turns: int) -> comm
     x, y = torch.randn(1, tokens, width, **make), torch.randn(1, tokens, width, **make)
     weight, bias = torch.randn(experts, width, **make) * 0.02, torch.randn(experts, **make)
     each = list(zip(*(_parts(t, experts, i) for i, t in enumerate((a, b))), strict=True))
-    ours = Experts(a, b, [RANK] * experts)
+    ours = Experts(turned(a), turned(b), [RANK] * experts)  # as a loaded mixture holds them
 
     def loop() -> torch.Tensor:
         c, out = gate(x, weight, bias, 1.0), y.clone()

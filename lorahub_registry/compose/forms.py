@@ -104,8 +104,8 @@ class DeltaForm:
         c = _vector(coefficients, self.size).to(self._device)
         return {
             name: LowRank(
-                stack.a,
-                stack.b * c[stack.owner],
+                stack.experts.a,
+                stack.experts.b * c[stack.owner],
                 "embedding" if name in self._embeddings else "linear",
             )
             for name, stack in self.stacks.items()

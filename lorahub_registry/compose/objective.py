@@ -19,7 +19,8 @@ from lorahub_registry.compose.forms import Form
 from lorahub_registry.evaluate.nll import keeps_logits, score, token_losses
 from lorahub_registry.evaluate.tokens import IGNORED, Batch, repeated, tokens_that_fit
 from lorahub_registry.runtime.apply import Applied
-from lorahub_registry.runtime.operator import Beside, Operator, RowsMerged, adaptable
+from lorahub_registry.runtime.mixture import RowsMerged
+from lorahub_registry.runtime.operator import Beside, Operator, adaptable
 
 Kind = Literal["token_mean", "published"]
 Coefficients = tuple[float, ...]
@@ -153,7 +154,7 @@ class Measure:
                 if self._form.stacks is not None:
                     self._on.set(c)
                 else:
-                    self._on.parts = {n: (d.a, d.b, None) for n, d in self._form.at(c).items()}
+                    self._on.put(self._form.at(c))
                 losses = token_losses(self._model, batch, sliced=self._sliced)
                 whole = losses.cpu().sum(dtype=torch.float64)
                 whole.backward()

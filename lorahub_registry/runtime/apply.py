@@ -76,15 +76,13 @@ class Applied:
             else:
                 torch.addmm(original, b, a, out=weight.data)
         # In float32, as PEFT keeps them: the base's precision would cost the delta's.
-        self._beside.parts = {
-            name: (
-                deltas[name].a.to(place, torch.float32),
-                deltas[name].b.to(place, torch.float32),
-                None,
-            )
-            for name, place in self._places.items()
-            if name in deltas
-        }
+        self._beside.put(
+            {
+                name: deltas[name].to(place, torch.float32)
+                for name, place in self._places.items()
+                if name in deltas
+            }
+        )
 
     def clear(self) -> None:
         """Take every delta off; float32 weights are bit for bit what they were."""

@@ -10,7 +10,8 @@ from torch import nn
 
 from lorahub_registry.adapters.facts import PREFIX
 from lorahub_registry.errors import BrokenAdapter, IncompatibleAdapters
-from lorahub_registry.runtime.layers import GateLayer, MixtureLayer
+from lorahub_registry.runtime.gate_layer import GateLayer
+from lorahub_registry.runtime.layers import MixtureLayer
 
 
 def take_off(model: nn.Module, *, idle: bool = False) -> None:

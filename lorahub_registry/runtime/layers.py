@@ -1,9 +1,8 @@
-"""What stands in the base where a dynamic mixture is loaded: PEFT tuner layers.
+"""What wraps each adapted module where a dynamic mixture is loaded: a PEFT tuner layer.
 
-A :class:`MixtureLayer` wraps each adapted module. A :class:`GateLayer` hangs on each decoder layer
-(or on the first one) and, by a hook, computes coefficients when the layer is entered; the modules
-below read them. Whatever lives in both is keyed by PEFT's adapter name, so that several mixtures
-can be loaded at once, each with its own experts.
+Coefficients that are not decided in the module itself are read from what the gate of its decoder
+layer has decided (:mod:`lorahub_registry.runtime.gate_layer`). Whatever lives in both is keyed by
+PEFT's adapter name, so that several mixtures can be loaded at once, each with its own experts.
 """
 
 from __future__ import annotations
@@ -13,18 +12,14 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
-from transformers import Cache
 
 from lorahub_registry.adapters.dynamic import Arrow, Constant, Dynamic, LoraFlow, PromptRouter
-from lorahub_registry.errors import IncompatibleAdapters
 from lorahub_registry.runtime.flow import Flow
-from lorahub_registry.runtime.mixture import Coefficients, Experts, arrow, gate, largest
-from lorahub_registry.runtime.nearest import nearest
-from lorahub_registry.runtime.operator import RowsMerged
-from lorahub_registry.runtime.prompts import mask_of, prompt_means
+from lorahub_registry.runtime.mixture import Coefficients, Experts, RowsMerged, turned
+from lorahub_registry.runtime.routers import arrow, gate
 
 
-class _Frozen(nn.Module, BaseTunerLayer):
+class Frozen(nn.Module, BaseTunerLayer):
     """What both kinds share: experts never train, and nothing here can be merged."""
 
     adapter_layer_names: tuple[str, ...]
@@ -73,7 +68,7 @@ class _Frozen(nn.Module, BaseTunerLayer):
         """Nothing was merged."""
 
 
-def _moved(layer: Any, adapter: str, device: torch.device) -> None:
+def move(layer: Any, adapter: str, device: torch.device) -> None:
     """Bring a mixture's tensors to ``device``.
 
     PEFT's own way casts them to the base's dtype, too; they stay as they were written.
@@ -95,7 +90,7 @@ MERGE = (
 )
 
 
-class MixtureLayer(_Frozen):
+class MixtureLayer(Frozen):
     """One module of the base with every mixture's experts beside it."""
 
     adapter_layer_names = (
@@ -123,9 +118,11 @@ class MixtureLayer(_Frozen):
     def update_layer(self, adapter: str, mixture: Dynamic, *, inference_mode: bool) -> None:
         """Make room for a mixture's tensors."""
         ranks = mixture.ranks_on(self.name)
-        self.lora_A[adapter] = nn.Linear(self.in_features, sum(ranks), bias=False)
-        self.lora_B[adapter] = nn.Linear(sum(ranks), self.out_features, bias=False)
-        nn.init.zeros_(self.lora_B[adapter].weight)
+        a = self.lora_A[adapter] = nn.Linear(self.in_features, sum(ranks), bias=False)
+        b = self.lora_B[adapter] = nn.Linear(sum(ranks), self.out_features, bias=False)
+        nn.init.zeros_(b.weight)
+        for factor in (a, b):  # loading copies into what is here
+            factor.weight.data = turned(factor.weight.data)
         if isinstance(mixture.router, LoraFlow) and mixture.router.site == "module":
             self.lora_gate[adapter] = torch.zeros(len(ranks), self.in_features)
             self.lora_gate_bias[adapter] = torch.zeros(len(ranks))
@@ -143,14 +140,14 @@ class MixtureLayer(_Frozen):
         if self.in_experts:
             self._check_rowless()
         for adapter, rows in self.flow.shares(x.shape[0], self.active_adapters):
-            if adapter not in self.lora_A:
+            if adapter not in self.mixtures:
                 continue
+            rows = None if rows is None else rows.to(x.device)
+            experts, c = self._experts(adapter), self._coefficients(adapter, x, rows)
             if rows is None:
-                y = self._experts(adapter).add(y, x, self._coefficients(adapter, x, None))
-                continue
-            rows = rows.to(x.device)
-            c = self._coefficients(adapter, x, rows)
-            y = y.index_copy(0, rows, self._experts(adapter).add(y[rows], x[rows], c))
+                y = experts.add(y, x, c)
+            else:
+                y = y.index_copy(0, rows, experts.add(y[rows], x[rows], c))
         return y
 
     def _move_adapter_to_device_of_base_layer(
@@ -158,7 +155,7 @@ class MixtureLayer(_Frozen):
     ) -> None:
         where, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         if device is not None or where is not None:
-            _moved(self, adapter_name, device or where)
+            move(self, adapter_name, device or where)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget a mixture."""
@@ -217,171 +214,7 @@ class MixtureLayer(_Frozen):
     def _experts(self, adapter: str) -> Experts:
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         kept = self._ready.get(adapter)
-        # Loading may put other parameters in; moving a model changes the device of the same.
-        if kept is None or kept.a is not a or kept.b is not b or kept.device != a.device:
+        if kept is None or kept.a is not a or kept.b is not b:  # loading may put in others
             ranks = self.mixtures[adapter].ranks_on(self.name)
             kept = self._ready[adapter] = Experts(a, b, ranks, self.name)
         return kept
-
-
-class GateLayer(_Frozen):
-    """What decides, on entering a decoder layer, how loud each expert speaks in it."""
-
-    adapter_layer_names = ("lora_gate", "lora_gate_bias", "lora_centroids")
-    frozen = ("lora_centroids",)
-
-    def __init__(self, layer: nn.Module, flow: Flow, name: str, width: int) -> None:
-        super().__init__(flow, name)
-        self.width = width
-        self.lora_gate, self.lora_gate_bias = nn.ParameterDict(), nn.ParameterDict()
-        self.lora_centroids = nn.ParameterDict()
-        # In lists, so that they do not become modules of this one.
-        self._layer, self._reader, self._hooks = [layer], list[nn.Module](), list[Any]()
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """None: a gate stands beside a layer and wraps nothing (PEFT's own would look for ever)."""
-        raise AttributeError("a gate has no weight of a base layer")
-
-    @property
-    def bias(self) -> torch.Tensor:
-        """None, as ``weight``."""
-        raise AttributeError("a gate has no bias of a base layer")
-
-    def update_layer(self, adapter: str, mixture: Dynamic, *, inference_mode: bool) -> None:
-        """Make room for a mixture's gate, or for its experts' centroids."""
-        experts = len(mixture.experts)
-        if isinstance(mixture.router, PromptRouter):
-            self.lora_centroids[adapter] = torch.zeros(experts, self.width)
-        else:
-            self.lora_gate[adapter] = torch.zeros(experts, self.width)
-            self.lora_gate_bias[adapter] = torch.zeros(experts)
-        self._register(adapter, mixture)
-        self._move_adapter_to_device_of_base_layer(adapter)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
-        self._hook()
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Forget a mixture; with the last one the hooks go."""
-        super().delete_adapter(adapter_name)
-        self.flow.forget(adapter_name)
-        if not self.mixtures:
-            self.remove()
-
-    def read_prompts(self, reader: nn.Module) -> None:
-        """Decide when ``reader``, which gets the token ids, is called with a prompt."""
-        self.remove()
-        self._reader = [reader]
-        self._hook()
-
-    def _hook(self) -> None:
-        if self._hooks:
-            return
-        for module, hook in ((self._layer, self._decide), (self._reader, self._read)):
-            self._hooks += [m.register_forward_pre_hook(hook, with_kwargs=True) for m in module]
-        self._hooks += [m.register_forward_hook(self._remember) for m in self._reader]
-
-    def remove(self) -> None:
-        """Take the hooks off."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-
-    def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: torch.device | None = None
-    ) -> None:
-        # The layer holds this gate, so the device is that of its base parameters.
-        own = {id(parameter) for parameter in self.parameters()}
-        where = next(p.device for p in self._layer[0].parameters() if id(p) not in own)
-        _moved(self, adapter_name, device or where)
-
-    def _decide(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs["hidden_states"]
-        for adapter in self._asked():
-            if adapter not in self.lora_gate:
-                continue
-            router = self.mixtures[adapter].router
-            assert isinstance(router, LoraFlow)
-            weight, bias = self.lora_gate[adapter], self.lora_gate_bias[adapter]
-            found = Coefficients(gate(x, weight, bias, router.temperature))
-            trains = weight.requires_grad or bias.requires_grad
-            self.flow.decide(self.name, adapter, found, trains=trains)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _read(self, reader: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        asked = self._routed()
-        if not asked:
-            return
-        past, run = kwargs.get("past_key_values"), self.flow.generation
-        if run is not None and run.decided.keys() >= set(asked):
-            known = run.decided
-        elif past is not None and past.get_seq_length():
-            known = self.flow.caches.get(past, {})
-            if run is not None:
-                run.decided.update(known)
-        else:
-            known = self._route(asked, reader, args, kwargs)
-        for adapter in asked:
-            if adapter not in known:
-                raise IncompatibleAdapters(
-                    f"the cache was not begun with mixture {adapter!r}, so it is not known what "
-                    "its prompt is to be routed to",
-                    hint="give the model the whole prompt, or the cache that it returned for it",
-                )
-            self.flow.decide("prompt", adapter, known[adapter], trains=False)
-        if past is not None:
-            self.flow.caches.setdefault(past, {}).update({name: known[name] for name in asked})
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _remember(self, _: Any, __: Any, out: Any) -> None:
-        """Know a cache that the call has made by what its prompt was routed to."""
-        past = getattr(out, "past_key_values", None)
-        if isinstance(out, tuple):
-            past = next((part for part in out if isinstance(part, Cache)), None)
-        if past is not None and past not in self.flow.caches and (asked := self._routed()):
-            self.flow.caches[past] = {name: self.flow.decided["prompt", name] for name in asked}
-
-    def _route(
-        self, asked: list[str], reader: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> dict[str, Coefficients]:
-        """What the prompt that ``reader`` is called with is routed to, by each of ``asked``."""
-        ids, run = kwargs.get("input_ids", args[0] if args else None), self.flow.generation
-        if ids is None:
-            raise IncompatibleAdapters(
-                "a prompt router reads token ids, and the model was called with embeddings",
-                hint="call it with input_ids, or give it coefficients",
-            )
-        mask = mask_of(kwargs.get("attention_mask"), ids)
-        if run is not None and run.length is not None:
-            if ids.shape[1] < run.length:
-                raise IncompatibleAdapters(
-                    f"a prompt router reads prompts whole, and of {run.length} tokens the model "
-                    f"was given {ids.shape[1]}",
-                    hint="generate without prefill_chunk_size",
-                )
-            # What is guessed ahead stands behind the prompt.
-            ids, mask = ids[:, : run.length], None if mask is None else mask[:, : run.length]
-        found, self.flow.silent = {}, True
-        try:
-            for adapter in asked:
-                router = self.mixtures[adapter].router
-                assert isinstance(router, PromptRouter)
-                vectors = prompt_means(reader, ids, mask, router.layer, self.flow.prompts)
-                centroids = self.lora_centroids[adapter]
-                near = nearest(vectors, centroids, router.top_k, router.temperature)
-                found[adapter] = largest(near[:, None], router.top_k)
-        finally:
-            self.flow.silent = False
-        if run is not None:
-            run.decided.update(found)
-        return found
-
-    def _routed(self) -> list[str]:
-        return [adapter for adapter in self._asked() if adapter in self.lora_centroids]
-
-    def _asked(self) -> list[str]:
-        """Whose coefficients are to be decided here and now."""
-        if self.disable_adapters or self.flow.silent:
-            return []
-        names = self.active_adapters if self.flow.names is None else sorted(set(self.flow.names))
-        return [name for name in names if name not in self.flow.given]

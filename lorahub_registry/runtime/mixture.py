@@ -1,10 +1,14 @@
-"""The operator with coefficients that differ from token to token, or that leave most experts out.
+"""The operator: several adapters' factors beside a module, each with its coefficient.
 
     y = W x + B_cat [(A_cat x) ⊙ expand(c)]
 
-One function for every provider of ``c``. Where ``c`` names a few of many experts, each is computed
-on the tokens at which it speaks. Ranks may differ between experts, and an expert may be absent from
-a module (rank 0).
+A_cat and B_cat are the adapters' factors one after the other, their scalings folded in; every rank
+belongs to one adapter, and ``expand`` hands the adapter's coefficient out. It is exact for any
+weighted sum of deltas: ranks may differ, and an adapter may be absent from a module (rank 0).
+
+Whoever decides ``c`` (static ratios, a search's candidates, gates, a router, the caller) hands over
+:class:`Coefficients`: one for all tokens, for each row, or for each token, and of all experts or of
+a few. Where it names a few of many, each is computed on the tokens at which it speaks.
 """
 
 from __future__ import annotations
@@ -17,13 +21,16 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from lorahub_registry.errors import UsageError
-from lorahub_registry.runtime.operator import RowsMerged
+from lorahub_registry.errors import IncompatibleAdapters, UsageError
 
 # What the forms of the operator cost, see Experts._cheapest; one core of a CPU, ranks of 16.
 # Reading an expert's factors; copying them; a token in a batch of small products; sorting tokens
 # by expert; the calls for one expert; moving a token to its expert and back.
 _READ, _COPY, _SMALL, _SORT, _CALL, _MOVE = 27, 60, 3, 1000, 130, 10
+
+
+class RowsMerged(IncompatibleAdapters):
+    """A module does not see the rows of a batch apart (OPT's ``fc1``, the experts of mixtures)."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,11 @@ class Coefficients:
         return Coefficients(change(self.values), None if self.which is None else change(self.which))
 
 
+def turned(factor: torch.Tensor) -> torch.Tensor:
+    """The same matrix with its columns in order in memory: how products of few tokens want both."""
+    return factor.mT.contiguous().mT
+
+
 def largest(values: torch.Tensor, top_k: int) -> Coefficients:
     """The ``top_k`` largest of [..., E], or all where that is no fewer."""
     if top_k >= values.shape[-1]:
@@ -110,99 +122,120 @@ class Experts:
         self, a: torch.Tensor, b: torch.Tensor, ranks: Sequence[int], name: str = ""
     ) -> None:
         self.a, self.b, self.ranks, self.name = a, b, tuple(ranks), name
-        self._equal = len(set(self.ranks)) == 1
-        # Made outside inference mode, so that gates can still be trained after an evaluation.
-        with torch.inference_mode(False):
-            self._owner = torch.arange(len(ranks), device=a.device).repeat_interleave(
-                torch.tensor(ranks, device=a.device)
-            )
+        self._equal = len(set(self.ranks)) == 1 and self.ranks[0] > 0
+        self._owner: torch.Tensor | None = None
+        self._transposed = a.mT, b.mT
 
     @property
-    def device(self) -> torch.device:
-        """Where its numbers of ranks lie; the factors may have been moved since."""
-        return self._owner.device
+    def owner(self) -> torch.Tensor:
+        """[ranks], int64: the expert of each rank, on the device where the factors lie now."""
+        if self._owner is None or self._owner.device != self.a.device:
+            # Made outside inference mode, so that gates can still be trained after an evaluation.
+            with torch.inference_mode(False):
+                ranks = torch.tensor(self.ranks, device=self.a.device)
+                numbers = torch.arange(len(ranks), device=self.a.device)
+                self._owner = numbers.repeat_interleave(ranks)
+        return self._owner
 
-    def add(self, y: torch.Tensor, x: torch.Tensor, c: Coefficients) -> torch.Tensor:
+    def add(self, y: torch.Tensor, x: torch.Tensor, c: Coefficients | None = None) -> torch.Tensor:
         """``y`` with what the experts give for ``x``, computed in the factors' dtype.
 
         Args:
             y: [..., fan_out], fresh from the base; overwritten where no gradient is recorded.
             x: [..., fan_in], of as many tokens.
             c: of rows and positions as ``x`` has them; one line a row is spread over the row's
-                tokens, and over the beams that follow each other.
+                tokens, and over the beams that follow each other. None: all experts, as they are.
 
         Raises:
             RowsMerged: the module does not see rows and positions as ``c`` does.
         """
-        if self._plainest(y, x, c):
-            # What decoding does in every module: nothing but the products.
-            low = functional.linear(x, self.a)
-            low.view(*x.shape[:2], len(self.ranks), self.ranks[0]).mul_(c.values[..., None])
-            y.flatten(0, 1).addmm_(low.flatten(0, 1), self.b.mT)
+        if c is not None and self._plainest(y, x, c):
+            # What decoding does in every module, where each call counts: just the products.
+            a, b = self._transposed
+            if a.data_ptr() != self.a.data_ptr() or b.data_ptr() != self.b.data_ptr():
+                a, b = self._transposed = self.a.mT, self.b.mT  # moved, or put in anew
+            low, experts = x.view(-1, x.shape[-1]).mm(a), len(self.ranks)
+            low.view(-1, experts, self.ranks[0]).mul_(c.values.view(-1, experts, 1))
+            y.view(-1, y.shape[-1]).addmm_(low, b)
             return y
-        tokens = x.reshape(-1, x.shape[-1]).to(self.a.dtype)
-        lines = self._lines(c, x)
-        # [lines, experts]: what shares its coefficients stands together, and in order.
+        tokens = x.reshape(-1, x.shape[-1])
+        if tokens.dtype != self.a.dtype:
+            tokens = tokens.to(self.a.dtype)
+        if c is None or c.which is None:
+            return self._plus(y, functional.linear(tokens, self.a), c, x.shape[:-1])
+        lines = self._lines(c.values, x.shape[:-1])
         values = c.values.reshape(lines, -1).to(tokens)
-        out = y.reshape(-1, y.shape[-1])
-        if c.which is None:
-            found = self._all(out, tokens, values)
-        else:
-            which = c.which.reshape(lines, -1).to(tokens.device)
-            found = self._few(out, tokens, values, which)
+        which = c.which.reshape(lines, -1).to(tokens.device)
+        found = self._few(y.reshape(-1, y.shape[-1]), tokens, values, which)
         return found.to(y.dtype).view(y.shape)
 
+    def add_embedded(
+        self, y: torch.Tensor, ids: torch.Tensor, c: Coefficients | None, scale: float
+    ) -> torch.Tensor:
+        """The same on an embedding, which multiplies by ``scale`` what it looks up at ``ids``."""
+        low = functional.embedding(ids.flatten(), self.a.T) * scale
+        return self._plus(y, low, c, ids.shape)
+
     def _plainest(self, y: torch.Tensor, x: torch.Tensor, c: Coefficients) -> bool:
-        """Whether tokens stand as their coefficients do, all is of one dtype, and none is kept."""
+        """Whether tokens stand as their coefficients do, all is of one kind, and none is kept."""
         values = c.values
         return (
             c.which is None
             and self._equal
-            and values.device == x.device
-            and values.dim() == x.dim() == 3
-            and values.shape[:2] == x.shape[:2]
-            and self.a.dtype == x.dtype == y.dtype == values.dtype
-            and y.is_contiguous()
             and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and (values.dim() == 1 or values.shape[:-1] == x.shape[:-1])
+            and self.a.dtype == x.dtype == y.dtype == values.dtype
+            and values.device == x.device
+            and x.is_contiguous()
+            and y.is_contiguous()
+            and values.is_contiguous()
         )
 
-    def _lines(self, c: Coefficients, x: torch.Tensor) -> int:
+    def _lines(self, values: torch.Tensor, tokens: Sequence[int]) -> int:
         """How many lines of coefficients the module's tokens have, one after the other."""
-        if c.values.dim() == 1:
+        if values.dim() == 1:
             return 1
-        rows, positions = c.values.shape[:2]
-        whole = math.prod(x.shape[:-1])
-        lines = rows * positions
+        rows, positions = values.shape[:2]
+        whole, lines = math.prod(tokens), rows * positions
         # Some models give a module all tokens in one row; then their number alone can tell.
-        merged = x.dim() < 3 or x.shape[0] == 1
-        if positions == 1 and whole % rows == 0 and (merged or x.shape[0] % rows == 0):
+        merged = len(tokens) < 2 or tokens[0] == 1
+        if positions == 1 and whole % rows == 0 and (merged or tokens[0] % rows == 0):
             return rows
-        if whole == lines and (merged or x.shape[1] in {1, positions}):
+        if whole == lines and (merged or tokens[1] in {1, positions}):
             return lines
         raise RowsMerged(
-            f"{self.name} gets its tokens as {tuple(x.shape[:-1])} where {rows} rows of "
+            f"{self.name} gets its tokens as {tuple(tokens)} where {rows} rows of "
             f"{positions} have coefficients, so they cannot be told apart there",
             hint="leave this module out of the adapters' target_modules",
         )
 
+    def _plus(
+        self, y: torch.Tensor, low: torch.Tensor, c: Coefficients | None, tokens: Sequence[int]
+    ) -> torch.Tensor:
+        """``y`` with every expert's part of ``low``, A·x of all ``tokens`` in one row."""
+        if c is not None:
+            lines = self._lines(c.values, tokens)
+            low = self._scaled(low, c.values.reshape(lines, -1).to(low))
+        return _added(y.reshape(-1, y.shape[-1]), low, self.b.mT).to(y.dtype).view(y.shape)
+
+    def _scaled(self, low: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """[tokens, ranks] times [lines, experts]."""
+        (lines, experts), times = values.shape, len(low) // len(values)
+        if self._equal:
+            apart = low.view(lines, times, experts, self.ranks[0])
+            scale = values.view(lines, 1, experts, 1)
+        else:
+            apart = low.view(lines, times, low.shape[-1])
+            scale = values[:, None, self.owner]
+        return _times(apart, scale).view(low.shape)
+
     def _all(
-        self,
-        out: torch.Tensor,
-        x: torch.Tensor,
-        values: torch.Tensor,
-        which: torch.Tensor | None = None,
+        self, out: torch.Tensor, x: torch.Tensor, values: torch.Tensor, which: torch.Tensor
     ) -> torch.Tensor:
         """Every expert on every token."""
-        if which is not None:
-            values = Coefficients(values, which).dense(len(self.ranks))
-        low, times = functional.linear(x, self.a), len(x) // len(values)
-        if self._equal:
-            apart = low.view(len(values), times, len(self.ranks), self.ranks[0])
-            scale = values.view(len(values), 1, -1, 1)
-        else:
-            apart = low.view(len(values), times, low.shape[-1])
-            scale = values[:, None, self._owner]
-        return _plus(out, _times(apart, scale).view(low.shape), self.b.T)
+        values = Coefficients(values, which).dense(len(self.ranks))
+        return _added(out, self._scaled(functional.linear(x, self.a), values), self.b.mT)
 
     # How many tokens come to an expert is not known while torch.compile makes a graph.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -229,13 +262,14 @@ class Experts:
     ) -> torch.Tensor:
         """Every line with a copy of its own experts' factors."""
         lines, k = which.shape
-        rank, chosen = self.ranks[0], which.flatten()
-        a = self.a.view(len(self.ranks), rank, self.a.shape[-1]).index_select(0, chosen)
-        low = torch.bmm(x.view(lines, len(x) // lines, -1), a.view(lines, k * rank, a.shape[-1]).mT)
+        rank, chosen, experts = self.ranks[0], which.flatten(), len(self.ranks)
+        a = self.a.mT.view(self.a.shape[-1], experts, rank).index_select(1, chosen)
+        a = a.view(len(a), lines, k * rank).transpose(0, 1)
+        low = torch.bmm(x.view(lines, len(x) // lines, -1), a)
         low = _times(low.view(lines, low.shape[1], k, rank), values[:, None, :, None]).view_as(low)
         out = out.view(*low.shape[:2], -1)
-        b = self.b.view(len(self.b), len(self.ranks), rank).index_select(1, chosen)
-        b = b.view(len(self.b), lines, k * rank).permute(1, 2, 0)
+        b = self.b.mT.view(experts, rank, len(self.b)).index_select(0, chosen)
+        b = b.view(lines, k * rank, len(self.b))
         if out.dtype != low.dtype:
             return out + torch.bmm(low, b)
         return torch.baddbmm(out, low, b) if torch.is_grad_enabled() else out.baddbmm_(low, b)
@@ -267,47 +301,7 @@ def _times(low: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return low * scale if torch.is_grad_enabled() else low.mul_(scale)
 
 
-def _plus(out: torch.Tensor, low: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _added(out: torch.Tensor, low: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if out.dtype != low.dtype:
         return out + low @ b
     return torch.addmm(out, low, b) if torch.is_grad_enabled() else out.addmm_(low, b)
-
-
-def gate(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, temperature: float
-) -> torch.Tensor:
-    """LoRA-Flow's gate, ``softmax(W x / T) + b``, at least in float32: [..., E].
-
-    The bias stands outside the softmax: weights need not sum to 1, and may be negative.
-
-    Args:
-        x: [..., width].
-        weight, bias: [E, width] and [E].
-    """
-    if not x.dtype == weight.dtype == bias.dtype == torch.float32:
-        wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
-        x, weight, bias = x.to(wide), weight.to(wide), bias.to(wide)
-    logits = functional.linear(x, weight)
-    if temperature != 1:
-        logits = logits / temperature
-    return logits.softmax(-1) + bias
-
-
-def arrow(
-    x: torch.Tensor, prototypes: torch.Tensor, top_k: int, temperature: float
-) -> Coefficients:
-    """Arrow's coefficients: softmax over the ``top_k`` largest ``|x · prototype|``.
-
-    Args:
-        x: [rows, positions, fan_in], or [tokens, fan_in].
-        prototypes: [E, fan_in], unit vectors; zero where an expert does not sit on the module.
-    """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    near = functional.linear(x.to(wide), prototypes.to(wide)).abs()
-    # Who is not there has nothing to say, and takes no share.
-    near = near.masked_fill(~prototypes.any(-1), float("-inf"))
-    found = largest(near / temperature, top_k)
-    values = found.values.softmax(-1).nan_to_num(0.0)
-    if values.dim() == 2:  # tokens without rows
-        return Coefficients(values[:, None], None if found.which is None else found.which[:, None])
-    return Coefficients(values, found.which)

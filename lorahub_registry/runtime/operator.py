@@ -1,11 +1,7 @@
-"""Several adapters beside the weights, each with its coefficient: one operator for every mixture.
+"""The operator beside the modules of a plain model, by hooks, for as long as a search asks it.
 
-    y = W x + B_cat [(A_cat x) ⊙ expand(c)]
-
-A_cat and B_cat are the adapters' factors one after the other, their scalings folded in; every rank
-belongs to one coefficient, and ``expand`` hands it out. It is exact for any weighted sum of deltas,
-whatever the ranks and targets, and takes two small products for any number of adapters. Who gives
-``c``, and how often, is all that static ratios, a search's candidates and gates differ in.
+Static mixtures and a search's candidates go through here; who gives coefficients while the model
+runs has layers of its own (:mod:`lorahub_registry.runtime.layers`).
 """
 
 from __future__ import annotations
@@ -16,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from lorahub_registry.errors import IncompatibleAdapters
-from lorahub_registry.weights.lowrank import LowRank
+from lorahub_registry.runtime.mixture import Coefficients, Experts, RowsMerged
+from lorahub_registry.weights.lowrank import Deltas, LowRank
 
 Numbers = Callable[[str, int], int]
 """(module, adapter) → the number of its coefficient."""
@@ -28,23 +24,22 @@ Factors = tuple[torch.Tensor, torch.Tensor, float]
 """(A [rank, fan_in], B [fan_out, rank], scaling) of one adapter on one module."""
 
 
-class RowsMerged(IncompatibleAdapters):
-    """A module does not see the rows of a batch apart (OPT's ``fc1``, the experts of mixtures)."""
-
-
 @dataclass(frozen=True)
 class Stack:
     """The deltas of several adapters on one module.
 
     Attributes:
-        a: [ranks, fan_in], floating point; ``ranks`` is the sum of the adapters' ranks.
-        b: [fan_out, ranks], the scalings folded in.
-        owner: [ranks], int64: which coefficient multiplies each rank.
+        experts: the adapters that sit there.
+        numbers: [experts], int64: which of a search's coefficients each has; modules may share.
     """
 
-    a: torch.Tensor
-    b: torch.Tensor
-    owner: torch.Tensor
+    experts: Experts
+    numbers: torch.Tensor
+
+    @property
+    def owner(self) -> torch.Tensor:
+        """[ranks], int64: which of the search's coefficients multiplies each rank."""
+        return self.numbers[self.experts.owner]
 
 
 def stacked(
@@ -62,16 +57,14 @@ def stacked(
     found = {}
     for name in sorted({name for parts in adapters for name in parts}):
         here = [(i, *_factors(parts[name])) for i, parts in enumerate(adapters) if name in parts]
-        ranks = torch.tensor([a.shape[0] for _, a, _, _ in here])
-        owner = torch.tensor([number(name, i) for i, *_ in here])
+        ranks = [a.shape[0] for _, a, _, _ in here]
+        numbers = torch.tensor([number(name, i) for i, *_ in here], device=device)
         b = torch.cat([b for _, _, b, _ in here], 1)
         if any(scaling != 1 for *_, scaling in here):
-            b *= torch.tensor([scaling for *_, scaling in here]).repeat_interleave(ranks)
-        found[name] = Stack(
-            torch.cat([a for _, a, _, _ in here]).to(device),
-            b.to(device),
-            owner.repeat_interleave(ranks).to(device),
-        )
+            scalings = torch.tensor([scaling for *_, scaling in here])
+            b *= scalings.repeat_interleave(torch.tensor(ranks))
+        a = torch.cat([a for _, a, _, _ in here]).to(device)
+        found[name] = Stack(Experts(a, b.to(device), ranks, name), numbers)
     return found
 
 
@@ -80,15 +73,15 @@ def _factors(part: LowRank | Factors) -> Factors:
 
 
 class Beside:
-    """Low-rank products beside modules of one model, by forward hooks; a context manager.
+    """The operator beside modules of one model, by forward hooks; a context manager.
 
     Attributes:
-        parts: module → (A, B, scale), scale broadcasting with A·x or None; modules without an
-            entry give what they give alone. Computed in the factors' dtype.
+        parts: module → its experts and their coefficients; modules without an entry give what they
+            give alone.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self.parts: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = {}
+        self.parts: dict[str, tuple[Experts, Coefficients | None]] = {}
         self._modules = dict(modules)
         self._hooks: list[Any] = []
 
@@ -103,21 +96,22 @@ class Beside:
             hook.remove()
         self._hooks.clear()
 
+    def put(self, deltas: Deltas) -> None:
+        """Have ``deltas`` beside their modules from now on, and none beside the others."""
+        self.parts = {n: (Experts(d.a, d.b, [len(d.a)], n), None) for n, d in deltas.items()}
+
     def _hook(self, name: str) -> Any:
         def add(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> Any:
             if name not in self.parts:
                 return output
-            a, b, scale = self.parts[name]
+            experts, c = self.parts[name]
+            if c is not None:
+                _check_rows(name, c.values, output)
             if isinstance(module, nn.Embedding):
-                low = functional.embedding(inputs[0], a.T)
                 # Gemma's embeddings multiply what they look up.
-                b = b * getattr(module, "embed_scale", 1.0)
-            else:
-                low = functional.linear(inputs[0].to(a.dtype), a)
-            if scale is not None:
-                _check_rows(name, scale, low)
-                low = low * scale
-            return (output + functional.linear(low, b)).to(output.dtype)
+                scale = getattr(module, "embed_scale", 1.0)
+                return experts.add_embedded(output, inputs[0], c, scale)
+            return experts.add(output, inputs[0], c)
 
         return add
 
@@ -145,7 +139,7 @@ class Operator(Beside):
         see them apart.
         """
         for name, stack in self._stacks.items():
-            self.parts[name] = stack.a, stack.b, c.to(stack.b.dtype)[..., stack.owner]
+            self.parts[name] = stack.experts, Coefficients(c[..., stack.numbers])
 
 
 def adaptable(model: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
@@ -179,10 +173,11 @@ def is_adaptable(module: nn.Module) -> bool:
     )
 
 
-def _check_rows(name: str, scale: torch.Tensor, low: torch.Tensor) -> None:
-    if scale.dim() == 3 and (low.dim() != 3 or low.shape[0] != scale.shape[0]):
+def _check_rows(name: str, values: torch.Tensor, output: torch.Tensor) -> None:
+    """Nothing but rows that stand apart: of others it is not known here whose they are."""
+    if values.dim() == 3 and (output.dim() != 3 or len(output) != len(values)):
         raise RowsMerged(
-            f"{name} gets its rows as {tuple(low.shape[:-1])}, so {scale.shape[0]} rows cannot "
+            f"{name} gets its rows as {tuple(output.shape[:-1])}, so {len(values)} rows cannot "
             "have coefficients of their own there",
             hint="give all rows the same coefficients, or leave out the adapters of that module",
         )

@@ -16,7 +16,6 @@ import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
-from peft.utils.peft_types import PeftType
 from torch import nn
 
 from lorahub_registry.adapters.dynamic import (
@@ -28,27 +27,15 @@ from lorahub_registry.adapters.dynamic import (
 from lorahub_registry.errors import IncompatibleAdapters, UsageError
 from lorahub_registry.runtime.fits import check_fits, take_off, withdraw
 from lorahub_registry.runtime.flow import BASE, Flow, Generation, mixed
-from lorahub_registry.runtime.layers import MERGE, GateLayer, MixtureLayer
+from lorahub_registry.runtime.gate_layer import GateLayer
+from lorahub_registry.runtime.layers import MERGE, MixtureLayer
 from lorahub_registry.runtime.mixture import Coefficients
 from lorahub_registry.runtime.operator import is_adaptable
+from lorahub_registry.runtime.peft_types import member
 from lorahub_registry.runtime.places import in_experts, layer_of, place_of, reader_of, width_of
 from lorahub_registry.weights.dynamic import check_dynamic, check_router, router_sum
 
-
-def _member(name: str) -> PeftType:
-    """A member of PEFT's enum of types, which cannot be subclassed."""
-    if name in PeftType.__members__:
-        return PeftType[name]
-    made = str.__new__(PeftType, name)
-    made._name_, made._value_ = name, name
-    PeftType._member_map_[name] = made
-    PeftType._member_names_.append(name)
-    PeftType._value2member_map_[name] = made
-    type.__setattr__(PeftType, name, made)
-    return made
-
-
-LORA_MIXTURE = _member(PEFT_TYPE)
+LORA_MIXTURE = member(PEFT_TYPE)
 
 
 @dataclass
@@ -110,6 +97,8 @@ class MixtureModel(BaseTuner):
         except Exception:
             withdraw(model, adapter_name)
             raise
+        if self._dynamic.sha256 is not None:
+            _check_later(model, adapter_name, self._dynamic)
 
     def _create_and_replace(
         self,
@@ -174,6 +163,7 @@ class MixtureModel(BaseTuner):
             )
             check_fits(model, adapter_name, found, where)
             check_router(config.dynamic, state_dict, where=where)
+            _checked(model, adapter_name)
         except Exception:
             withdraw(model, adapter_name)
             raise
@@ -283,6 +273,44 @@ class MixtureModel(BaseTuner):
             raise ValueError(MERGE)
         take_off(self.model)
         return super()._unload_and_optionally_merge(merge=False, **kwargs)
+
+
+def _check_later(model: nn.Module, adapter: str, dynamic: Dynamic) -> None:
+    """Hold what was loaded against its config when the model first runs.
+
+    transformers' ``load_adapter`` fills the tensors in by itself and asks nobody: there is no
+    earlier moment. Where PEFT loads, they are checked before (see :func:`_checked`).
+    """
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def check(module: nn.Module, _: Any) -> None:
+        _checked(module, adapter)  # of a copy, where the model was copied
+        ends = {f".{adapter}": "", f".{adapter}.weight": ".weight"}
+        found = {
+            name.removesuffix(end) + put: value.detach()
+            for name, value in module.named_parameters()
+            for end, put in ends.items()
+            if ".lora_" in name and name.endswith(end)
+        }
+        where = f"mixture {adapter!r}"
+        try:
+            check_dynamic(dynamic, found, where=where)
+            check_router(dynamic, found, where=where)
+        except Exception:
+            withdraw(module, adapter)
+            raise
+
+    waiting = model.__dict__.setdefault(_WAITING, {})
+    waiting[adapter] = model.register_forward_pre_hook(check).id
+
+
+def _checked(model: Any, adapter: str) -> None:
+    """The mixture is known to be whole."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base._forward_pre_hooks.pop(base.__dict__.get(_WAITING, {}).pop(adapter, None), None)
+
+
+_WAITING = "_lorareg_unchecked"
 
 
 def _takes_experts(module: nn.Module) -> bool:

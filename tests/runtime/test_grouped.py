@@ -10,7 +10,7 @@ from torch.nn import functional
 from lorahub_registry.errors import IncompatibleAdapters
 from lorahub_registry.recipes.training import LoraOptions
 from lorahub_registry.runtime.grouped import Grouped, Share
-from lorahub_registry.runtime.operator import RowsMerged
+from lorahub_registry.runtime.mixture import RowsMerged
 from lorahub_registry.train.parameters import Parameters
 from tests.train.making import llama
 

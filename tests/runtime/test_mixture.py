@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorahub_registry.errors import IncompatibleAdapters
-from lorahub_registry.runtime.mixture import Coefficients, Experts, arrow, gate, largest
-from lorahub_registry.runtime.operator import RowsMerged
+from lorahub_registry.runtime.mixture import Coefficients, Experts, RowsMerged, largest, turned
+from lorahub_registry.runtime.routers import arrow, gate
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -161,6 +161,17 @@ def test_a_module_seen_in_inference_mode_can_be_trained_through() -> None:
     made.a, made.b = made.a.clone(), made.b.clone()
     made.add(random(1, 2, 7, seed=1), random(1, 2, 5, seed=2), Coefficients(c)).sum().backward()
     assert c.grad is not None
+
+
+def test_factors_that_were_moved_are_the_ones_that_count() -> None:
+    made = Experts(torch.nn.Parameter(random(4, 5, seed=1)), random(7, 4, seed=2), [2, 2])
+    x, c = random(1, 2, 5, seed=3), random(1, 2, 2, seed=4)
+    for factors in (None, (random(4, 5, seed=5), random(7, 4, seed=6))):
+        if factors is not None:
+            made.a.data, made.b.data = (turned(factor) for factor in factors)
+        with torch.no_grad():
+            found = made.add(torch.zeros(1, 2, 7).double(), x, Coefficients(c))
+            torch.testing.assert_close(found, dense_sum(made, x, c), **EXACT)
 
 
 def test_half_precision_outputs_get_float32_sums() -> None:

@@ -15,7 +15,8 @@ from torch.nn.utils import stateless
 from lorahub_registry.compose.forms import DeltaForm, Layout
 from lorahub_registry.errors import IncompatibleAdapters
 from lorahub_registry.runtime.apply import applied
-from lorahub_registry.runtime.operator import Operator, RowsMerged, adaptable, stacked
+from lorahub_registry.runtime.mixture import RowsMerged
+from lorahub_registry.runtime.operator import Operator, adaptable, stacked
 from lorahub_registry.weights.lowrank import LowRank
 from tests import tiny
 from tests.compose.making import deltas

@@ -16,14 +16,15 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.utils.peft_types import PeftType
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorahub_registry.runtime  # noqa: F401
 from lorahub_registry.adapters.dynamic import Arrow, LoraFlow
-from lorahub_registry.errors import IncompatibleAdapters, UsageError
-from lorahub_registry.runtime.layers import GateLayer, MixtureLayer
-from lorahub_registry.runtime.mixture import Coefficients
-from lorahub_registry.runtime.operator import RowsMerged
+from lorahub_registry.errors import BrokenAdapter, IncompatibleAdapters, UsageError
+from lorahub_registry.runtime.gate_layer import GateLayer
+from lorahub_registry.runtime.layers import MixtureLayer
+from lorahub_registry.runtime.mixture import Coefficients, RowsMerged
 from lorahub_registry.runtime.places import layer_of, place_of
 from lorahub_registry.runtime.prompts import mask_of
 from lorahub_registry.weights.lowrank import LowRank
@@ -914,3 +915,33 @@ def test_on_a_base_with_other_adapters_it_is_refused(mixture: Make, tiny_llama: 
     assert torch.equal(logits(other), before)
     assert set(other.peft_config) == {"default"}
     assert other.peft_config["default"].peft_type == "LORA"
+
+
+@pytest.mark.parametrize("wrong", ["lora_gate", "lora_A", "NaN"])
+def test_transformers_own_loading_is_checked_at_the_first_forward(wrong, mixture):
+    made = mixture("module")
+    path = made.folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(n for n in tensors if (wrong if wrong == "lora_A" else "lora_gate") in n)
+    tensors[name] = tensors[name] * float("nan") if wrong == "NaN" else tensors[name] + 1e-3
+    save_file(tensors, path, metadata={"format": "pt"})
+    base, ids = made.base.model(), torch.arange(3, 9)[None]
+    plain = base(ids).logits
+    base.load_adapter(str(made.folder))
+    for model in (copy.deepcopy(base), base):
+        with pytest.raises(BrokenAdapter):
+            model(ids)
+        assert torch.equal(model(ids).logits, plain)
+
+
+def test_what_is_whole_is_checked_once(mixture):
+    made, ids = mixture("module"), torch.arange(3, 9)[None]
+    base = made.base.model()
+    hooks = len(base._forward_pre_hooks)
+    base.load_adapter(str(made.folder))
+    twin = copy.deepcopy(base)
+    wanted = made.load()(ids).logits
+    for model in (base, twin):
+        assert len(model._forward_pre_hooks) == hooks + 1
+        torch.testing.assert_close(model(ids).logits, wanted)
+        assert len(model._forward_pre_hooks) == hooks

@@ -4,7 +4,7 @@ import pytest
 import transformers as hf
 
 from lorahub_registry.errors import IncompatibleAdapters
-from lorahub_registry.runtime.operator import RowsMerged
+from lorahub_registry.runtime.mixture import RowsMerged
 from lorahub_registry.train.apart import check_apart
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 97}

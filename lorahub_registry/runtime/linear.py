@@ -1,0 +1,32 @@
+"""What holds for a base's linear modules, however they are stored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def is_trainable(module: nn.Module) -> bool:
+    """Whether adapters can be trained on ``module``: linear ones, quantised or Conv1D, too."""
+    return isinstance(module, nn.Linear) or type(module).__name__ in {
+        "Conv1D",
+        "Linear4bit",
+        "Linear8bitLt",
+    }
+
+
+def fans(module: Any) -> tuple[int, int]:
+    """(fan_in, fan_out) of a linear module, packed or not."""
+    if type(module).__name__ == "Conv1D":
+        return int(module.weight.shape[0]), int(module.weight.shape[1])
+    return int(module.in_features), int(module.out_features)
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """The module's matrix as [fan_out, fan_in], float32; a quantised one is unpacked."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    weight = dequantize_module_weight(module).detach().float()
+    return weight.T if type(module).__name__ == "Conv1D" else weight
