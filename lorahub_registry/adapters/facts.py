@@ -18,6 +18,14 @@ from lorahub_registry.adapters.config import (
     AdapterConfig,
     parse_config,
 )
+from lorahub_registry.adapters.mixlora import KINDS, parse_mixlora
+from lorahub_registry.adapters.mixlora_keys import (
+    OLD_PROJ,
+    A,
+    check_shapes,
+    modern_names,
+    parse_key,
+)
 from lorahub_registry.adapters.tensors import (
     PICKLE_NAME,
     WEIGHTS_NAME,
@@ -43,10 +51,11 @@ class ModuleFacts:
 
     Attributes:
         name: its dotted name in the base (``model.layers.0.self_attn.q_proj``).
-        kind: ``linear``, ``embedding`` or ``conv``.
+        kind: ``linear``, ``embedding``, ``conv``, or ``experts``: a LoRA for each of them (MixLoRA
+            and its kin), all of one shape.
         rank, fan_in, fan_out: of B [fan_out, rank] · A [rank, fan_in].
         scaling: α/r or α/√r.
-        key_a, key_b: the tensors' names in the file.
+        key_a, key_b: the tensors' names in the file; of experts, the first one's.
     """
 
     name: str
@@ -65,8 +74,10 @@ class AdapterFacts:
 
     Attributes:
         weights: ``safetensors``, ``pickle`` (a ``.bin``, unread) or ``none``.
-        modules: sorted by name; empty for kinds other than LoRA and for unread weights.
-        other_tensors: names that are not a module's A or B: magnitudes, biases, saved modules.
+        modules: sorted by name; empty for unread weights and for kinds other than LoRA and
+            MixLoRA, LoRAMoE, MoLA.
+        other_tensors: names that are not a module's A or B: magnitudes, biases, saved modules,
+            routers, and all experts but the first.
         parameters: how many numbers; None where unread.
         dtype: safetensors' name of the commonest dtype.
     """
@@ -93,7 +104,10 @@ class AdapterFacts:
     def targets(self) -> tuple[str, ...]:
         """Last parts of the adapted modules' names; the config's where the tensors are unread."""
         found = {m.name.rsplit(".", 1)[-1] for m in self.modules}
-        return tuple(sorted(found)) or self.config.targets
+        said = self.config.targets
+        if self.config.peft_type in KINDS:
+            said = tuple(sorted(OLD_PROJ.get(name, name) for name in said))
+        return tuple(sorted(found)) or said
 
 
 def read_facts(folder: Path) -> AdapterFacts:
@@ -118,7 +132,19 @@ def read_config(folder: Path) -> AdapterConfig:
     if not path.is_file():
         raise UnknownRef(f"{folder}: no {CONFIG_NAME} there, so no adapter")
     with path.open("rb") as file:
-        return parse_config(file.read(MAX_CONFIG_BYTES + 1), where=str(path))
+        return checked_config(file.read(MAX_CONFIG_BYTES + 1), where=str(path))
+
+
+def checked_config(data: bytes | str, *, where: str) -> AdapterConfig:
+    """The config in ``data``; of MixLoRA and its kin, with all that their own keys say.
+
+    Raises:
+        ForeignFormat, BrokenAdapter: see :mod:`.config` and :mod:`.mixlora`.
+    """
+    config = parse_config(data, where=where)
+    if config.peft_type in KINDS:
+        parse_mixlora(config.raw, where)
+    return config
 
 
 def facts_of(config: AdapterConfig, header: Header, *, where: str) -> AdapterFacts:
@@ -135,6 +161,8 @@ def facts_of(config: AdapterConfig, header: Header, *, where: str) -> AdapterFac
         if not modules:
             some = ", ".join(list(header.tensors)[:2]) or "nothing"
             raise ForeignFormat(f"{where}: no lora_A / lora_B tensors in it (it holds {some})")
+    elif config.peft_type in KINDS:
+        modules, others = _experts(config, header.tensors, where)
     dtypes = Counter(t.dtype for t in header.tensors.values())
     return AdapterFacts(
         config,
@@ -196,6 +224,33 @@ def _modules(
         _module(config, name, kinds[name], sides[name], where) for name in sorted(sides)
     )
     return modules, tuple(sorted(others))
+
+
+def _experts(
+    config: AdapterConfig, tensors: Mapping[str, TensorInfo], where: str
+) -> tuple[tuple[ModuleFacts, ...], tuple[str, ...]]:
+    """Modules of a MixLoRA and its kin, named as in the bases that m-LoRA knows."""
+    mix = parse_mixlora(config.raw, where)
+    names = modern_names(tensors, mix)
+    shapes = {native: tensors[name].shape for name, native in names.items()}
+    check_shapes(mix, shapes, where)
+    stored = {native: name for name, native in names.items()}
+    found: list[ModuleFacts] = []
+    taken: set[str] = set()
+    for native, shape in shapes.items():
+        key = parse_key(native, mix)
+        if key is None or key.leaf != A or key.expert:
+            continue
+        part = mix.attention if key.expert is None else mix.experts
+        other = native.removesuffix("A.weight") + "B.weight"
+        pair = stored[native], stored[other]
+        taken.update(pair)
+        module = f"model.layers.{key.layer}.{key.place}"
+        kind = "linear" if key.expert is None else "experts"
+        sizes = shape[0], shape[1], shapes[other][0]
+        found.append(ModuleFacts(module, kind, *sizes, part.scaling, *pair))
+    others = tuple(sorted(tensors.keys() - taken))
+    return tuple(sorted(found, key=lambda m: m.name)), others
 
 
 def _module(

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+import shlex
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath, PurePosixPath
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lorahub_registry.adapters.base_files import read_base
+from lorahub_registry.adapters.base_files import BaseFacts, base_digest, read_base
 from lorahub_registry.adapters.bases import BaseName
 from lorahub_registry.adapters.compat import Member, check_base, check_sum
 from lorahub_registry.adapters.facts import digest_of, read_facts
 from lorahub_registry.adapters.tensors import file_sha256
-from lorahub_registry.api.output import check_output, new_folder, report_head, write_report
+from lorahub_registry.api.bases import ResolvedBase
+from lorahub_registry.api.gates_papers import (
+    agreed_license,
+    enter,
+    member_facts,
+    routing_facts,
+    write_papers,
+)
+from lorahub_registry.api.output import check_output, new_folder, report_head
 from lorahub_registry.errors import BaseModelError, IncompatibleAdapters, UnknownRef, UsageError
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.refs import AdapterRef, expand, looks_like_path, safe_path
 from lorahub_registry.registry.index import card_beside, record_of
-from lorahub_registry.registry.records import BaseRecord, RepoRecord
+from lorahub_registry.registry.records import BaseRecord, RepoRecord, StoredAdapter
+from lorahub_registry.registry.store import Registry
 from lorahub_registry.settings import Settings
 
 PUBLISHED = "Bowen232/LoRA-Flow"
@@ -34,11 +45,12 @@ class Gated:
     """What was written.
 
     Attributes:
-        report: what ``lorareg.json`` holds, but the list of files.
+        report: what ``results.json`` holds.
     """
 
     path: Path
     report: dict[str, Any]
+    stored: StoredAdapter
 
 
 @dataclass(frozen=True)
@@ -63,8 +75,10 @@ def convert_gates(
     out: str | Path | None = None,
     base: str | None = None,
     temperature: float | None = None,
+    license: str | None = None,
     force: bool = False,
     timeout_s: float = 600.0,
+    registry: Registry | None = None,
     progress: Progress = silent,
 ) -> Gated:
     """Make a dynamic mixture of published LoRA-Flow gates (arXiv:2402.11455) and their adapters.
@@ -72,6 +86,9 @@ def convert_gates(
     Pickles, of gates and of adapters, are read in a child process as :func:`convert` reads them.
     ``softmax(W x / temperature) + b`` decides on entering each layer, from the residual stream,
     how loud each adapter speaks in it.
+
+    The folder has a card, a lock and its facts, and the registry an entry with its lineage, as
+    what ``compose`` makes; nothing is measured.
 
     Args:
         source: a folder, or a Hub ref, of which only what is named is pulled.
@@ -82,7 +99,9 @@ def convert_gates(
         base: the base's name, over what the adapters say; or its folder, and then the adapters are
             held against its shapes.
         temperature: by default 1, or what published gates are known to have been trained with.
+        license: the mixture's; by default what the adapters' cards say, where they agree.
         force: replace what an earlier run wrote to ``out``.
+        registry: where the mixture is entered; None: the default one.
 
     Raises:
         UsageError: no adapters, one twice, or a temperature that is none.
@@ -93,6 +112,13 @@ def convert_gates(
         BaseModelError: nothing says which base the adapters sit on.
         OutputError: the place cannot be written.
     """
+    if registry is None:
+        with Registry(progress=progress) as opened:
+            return convert_gates(
+                source, gate, adapters, out=out, base=base, temperature=temperature,
+                license=license, force=force, timeout_s=timeout_s, registry=opened,
+                progress=progress,
+            )  # fmt: skip
     from lorahub_registry.weights.convert import convert
     from lorahub_registry.weights.dynamic import Origin
     from lorahub_registry.weights.files import load_deltas
@@ -100,12 +126,13 @@ def convert_gates(
         check_count,
         exact_dtype,
         list_of_layers,
+        plain_coefficients,
         read_gates,
         write_gated,
     )
 
     gate, names = _inside(gate), [_inside(a) for a in adapters]
-    _check(names, temperature)
+    _check(names, temperature, license)
     place = expand(str(out or PurePosixPath(gate).stem or "gates"))
     check_output(place, force=force)
     found = _find(str(source), gate, names, progress)
@@ -130,14 +157,17 @@ def convert_gates(
             members.append(member)
             bases.append(said)
         check_sum(members)
+        task_type = members[0].facts.config.task_type or "CAUSAL_LM"
         layers = list_of_layers(members, gates, where=where)
-        named, revision, modules = _base(base, members, bases, progress)
+        found_base = _base(base, members, bases, progress)
+        at = found_base.facts
         with progress.task("Reading adapters", len(members), "adapter") as task:
             experts = []
             for member in members:
                 experts.append(load_deltas(member.folder, member.facts))
                 task.advance()
         stack.close()
+        coefficients, dtype = plain_coefficients(gates, layers), exact_dtype(members, experts)
         with progress.task(f"Writing {place.name}"):
             write_gated(
                 part,
@@ -145,14 +175,21 @@ def convert_gates(
                 layers,
                 experts,
                 [Origin(m.name, m.ref or None, m.revision or None, m.digest) for m in members],
-                base=named,
-                base_revision=revision,
-                task_type=members[0].facts.config.task_type or "CAUSAL_LM",
+                base=at.name,
+                base_revision=at.revision,
+                task_type=task_type,
                 temperature=heat,
-                dtype=exact_dtype(members, experts),
-                all_modules=modules,
+                dtype=dtype,
+                all_modules={name.removesuffix(".weight") for name in at.shapes},
             )
-        report = report_head("convert") | {
+        told, notes = agreed_license(license, members, card_beside(found.folder).license)
+        facts = {
+            "kind": "converted",
+            "name": place.name,
+            "base": at.named,
+            "seq2seq": task_type == "SEQ_2_SEQ_LM",
+            "method": {"type": "lora_flow"},
+            "made_by": _command(found, gate, names, heat),
             "gates": _gate_facts(found, gate)
             | {
                 "layers": gates.layers,
@@ -160,11 +197,38 @@ def convert_gates(
                 "biases": gates.biased,
                 "temperature": heat,
             },
-            "adapters": [_adapter_facts(member) for member in members],
-            "base": {"name": named, "revision": revision},
+            "members": [
+                member_facts(member) | {"coefficient": mean}
+                for member, *each in zip(members, *coefficients.values(), strict=True)
+                for mean in [fmean(each)]
+            ],
+            "routing": routing_facts([m.name for m in members], coefficients, heat),
+            "output": {"dtype": dtype},
+            "license": told,
+            "datasets": [],
+            "notes": notes,
+            "versions": report_head("convert")["versions"],
         }
-        write_report(part, report)
-    return Gated(place, report)
+        write_papers(part, facts)
+    if told is None:
+        progress.warn(
+            "its licence is unknown, and the unknown is not published: --license ID says it"
+        )
+    if found_base.folder is not None and "/" not in at.name:
+        registry.place_base(at.name, found_base.folder)
+    return Gated(place, facts, enter(place, facts, registry))
+
+
+def _command(source: _Source, gate: str, adapters: Sequence[str], temperature: float) -> str:
+    """What made it, as one would type it; of a folder of the user's, only names."""
+    words = ["lorareg", "convert"]
+    if source.repo:
+        start = "/".join(p for p in (source.repo, source.start) if p)
+        words += [f"{start}@{source.commit}", "--gate", gate, "--adapters", *adapters]
+    else:
+        names = _labels(source, adapters)
+        words += ["FOLDER", "--gate", PurePosixPath(gate).name, "--adapters", *names]
+    return shlex.join([*words, "--temperature", f"{temperature:g}"])
 
 
 def _gate_facts(source: _Source, gate: str) -> dict[str, Any]:
@@ -174,16 +238,7 @@ def _gate_facts(source: _Source, gate: str) -> dict[str, Any]:
         # Outside a repo the path may say whose machine this is.
         "file": gate if source.repo else PurePosixPath(gate).name,
         "sha256": file_sha256(source.folder / gate),
-    }
-
-
-def _adapter_facts(member: Member) -> dict[str, Any]:
-    return {
-        "name": member.name,
-        "ref": member.ref or None,
-        "revision": member.revision or None,
-        "digest": member.digest,
-        "ranks": sorted(member.facts.ranks),
+        "pickle": PurePosixPath(gate).suffix != ".safetensors",
     }
 
 
@@ -193,7 +248,7 @@ def _inside(path: str) -> str:
     return "" if written == "." else written
 
 
-def _check(adapters: Sequence[str], temperature: float | None) -> None:
+def _check(adapters: Sequence[str], temperature: float | None, license: str | None) -> None:
     if not adapters:
         raise UsageError(
             "gates choose among adapters, and none is named",
@@ -204,6 +259,8 @@ def _check(adapters: Sequence[str], temperature: float | None) -> None:
             raise UsageError(f"the adapter {name or '.'} is named twice")
     if temperature is not None and not (0 < temperature < math.inf):
         raise UsageError(f"a temperature of {temperature:g}: it is to be above 0")
+    if license is not None and not license.strip():
+        raise UsageError("a licence without a name", hint="--license apache-2.0, or leave it out")
 
 
 def _find(source: str, gate: str, adapters: Sequence[str], progress: Progress) -> _Source:
@@ -267,12 +324,13 @@ def _member(
         beside: where it stands in the source, with its card.
     """
     facts, digest = read_facts(folder), digest_of(folder)
+    card = card_beside(beside if (beside / "README.md").is_file() else source.folder)
     subfolder = "/".join(p for p in (source.start, path) if p)
     kind, place = ("hub", source.repo) if source.repo else ("local", str(beside))
     record = record_of(
         facts,
         repo=RepoRecord(kind, place or ""),  # type: ignore[arg-type]
-        card=card_beside(beside if (beside / "README.md").is_file() else source.folder),
+        card=card,
         subfolder=subfolder if source.repo else "",
         revision=source.commit or "",
         digest=digest,
@@ -285,6 +343,8 @@ def _member(
         facts=facts,
         base=record.base.name,
         digest=digest,
+        # PEFT writes a card of its own beside an adapter, which says nothing of this.
+        license=card.license or card_beside(source.folder).license,
         revision=source.commit or "",
     )
     return member, record.base
@@ -292,16 +352,17 @@ def _member(
 
 def _base(
     given: str | None, members: Sequence[Member], said: Sequence[BaseRecord], progress: Progress
-) -> tuple[str, str | None, Collection[str]]:
-    """(the base's name, its revision, the names of its modules where they are known)."""
+) -> ResolvedBase:
+    """The base by its name; with a folder, shapes and digest where the user gave one."""
     if given is not None:
         folder = expand(given)
         if looks_like_path(given) or (folder / "config.json").is_file():
             facts = read_base(folder)
             check_base([replace(member, base=facts.name) for member in members], facts)
-            return facts.name, None, {name.removesuffix(".weight") for name in facts.shapes}
+            digest = base_digest(folder, progress=progress)
+            return ResolvedBase(replace(facts, digest=digest), folder)
         name, _, pin = given.partition("@")
-        return name, pin or None, ()
+        return ResolvedBase(BaseFacts(name, revision=pin or None), None)
     for member, base in zip(members, said, strict=True):
         if base.name is None:
             silent_ = f"its config says {base.declared!r}" if base.declared else "it is silent"
@@ -320,4 +381,5 @@ def _base(
     if best.how == "inferred":
         progress.say(f"base inferred as {best.name} (config: {best.declared!r})")
     revisions = {base.revision for base in said}
-    return best.name or "", revisions.pop() if len(revisions) == 1 else None, ()
+    revision = revisions.pop() if len(revisions) == 1 else None
+    return ResolvedBase(BaseFacts(best.name or "", revision=revision), None)

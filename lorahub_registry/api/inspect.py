@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lorahub_registry.adapters.bases import BaseName, infer_base
 from lorahub_registry.adapters.compat import Member, check_weights
 from lorahub_registry.adapters.config import CONFIG_NAME
+from lorahub_registry.adapters.dynamic import PEFT_TYPE, plain_instead
 from lorahub_registry.adapters.facts import read_facts
 from lorahub_registry.api.publish import folder_of
 from lorahub_registry.errors import IncompatibleAdapters, UnknownRef, UsageError
@@ -143,7 +144,10 @@ def _member(ref: str, registry: Registry, progress: Progress) -> Member:
     check_weights(member)
     kind = member.facts.config.peft_type
     if kind != "LORA":
-        raise IncompatibleAdapters(f"{member.name}: it is {kind}, and only LoRA has deltas B·A")
+        raise IncompatibleAdapters(
+            f"{member.name}: it is {kind}, and only LoRA has deltas B·A",
+            hint=plain_instead(member.folder) if kind == PEFT_TYPE else None,
+        )
     return _low_rank_only(member, progress)
 
 

@@ -5,9 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorahub_registry.adapters.dynamic import FOLDER, folder_to_run
+from lorahub_registry.adapters.dynamic import FOLDER, PEFT_TYPE, folder_to_run
+from lorahub_registry.adapters.facts import read_config
 from lorahub_registry.adapters.tensors import WEIGHTS_NAME
-from lorahub_registry.card import GATES_NAME, is_generated, is_trained, read_results, write_card
+from lorahub_registry.card import (
+    GATES_NAME,
+    is_converted,
+    is_generated,
+    is_trained,
+    read_results,
+    write_card,
+)
 from lorahub_registry.errors import OutputError, RecipeError, UnknownRef
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.refs import expand, looks_like_path
@@ -81,17 +89,21 @@ def push(
     facts = read_results(folder)
     if not facts.get("license"):
         made = ("factory", "train") if is_trained(facts) else ("recipe", "compose")
+        hint = "say it in the {} (license: …), and {} again with --force".format(*made)
+        if is_converted(facts):
+            hint = "convert again with --license ID --force"
         raise RecipeError(
-            f"{facts['name']}: its licence is unknown, and the unknown is not published",
-            hint="say it in the {} (license: …), and {} again with --force".format(*made),
+            f"{facts['name']}: its licence is unknown, and the unknown is not published", hint=hint
         )
-    if not facts["base"]["revision"]:
+    # Of converted gates, the base may be on the Hub and only its revision unknown.
+    if not facts["base"]["revision"] and not (is_converted(facts) and not facts["base"]["digest"]):
         progress.warn(
             f"its base, {facts['base']['name']}, is a folder of yours: others can load it only "
             "if they have it, too; the card says so"
         )
     if "routing" in facts:
         from lorahub_registry.weights.dynamic import load_dynamic
+        from lorahub_registry.weights.mixlora import read_mixlora
 
         if folder_to_run(folder) == folder:
             raise OutputError(
@@ -99,7 +111,11 @@ def push(
                 hint="compose it again with --force",
             )
         if (folder / FOLDER / WEIGHTS_NAME).is_file():
-            load_dynamic(folder / FOLDER)  # damaged gates are not published
+            # Damaged gates and experts are not published.
+            if read_config(folder / FOLDER).peft_type == PEFT_TYPE:
+                load_dynamic(folder / FOLDER)
+            else:
+                read_mixlora(folder / FOLDER)
     if (folder / GATES_NAME).is_file():
         progress.say(f"{GATES_NAME} shows one of your rows, and is published with the rest")
     if not is_generated(folder):

@@ -17,7 +17,7 @@ from lorahub_registry.card.files import (
     read_results,
     write_card,
 )
-from lorahub_registry.card.front import is_trained, license_id, metadata
+from lorahub_registry.card.front import is_converted, is_trained, license_id, metadata
 from lorahub_registry.card.markdown import cell, code, fence, literal, plusminus
 from lorahub_registry.card.page import render
 
@@ -32,6 +32,7 @@ __all__ = [
     "cell",
     "code",
     "fence",
+    "is_converted",
     "is_generated",
     "is_trained",
     "license_id",

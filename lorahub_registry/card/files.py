@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorahub_registry.card.front import is_trained
+from lorahub_registry.card.front import is_converted, is_trained
 from lorahub_registry.card.page import render
 from lorahub_registry.errors import OutputError
 
@@ -33,7 +33,8 @@ def read_results(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise OutputError(
             f"{folder} holds no {RESULTS_NAME}, so it is nothing that lorareg mixed or trained",
-            hint="cards are written for what `lorareg compose` or `lorareg train` made",
+            hint="cards are written for what `lorareg compose`, `lorareg train` or "
+            "`lorareg convert --gate` made",
         ) from None
     except (OSError, ValueError) as error:
         raise OutputError(f"{path}: cannot be read ({error})") from None
@@ -68,7 +69,9 @@ def is_generated(folder: Path) -> bool:
 
 
 def _recipe(folder: Path, facts: Mapping[str, Any]) -> str:
-    """The YAML that made it."""
+    """The YAML that made it; "" of what a command made."""
+    if is_converted(facts):
+        return ""
     path = folder / (FACTORY_NAME if is_trained(facts) else RECIPE_NAME)
     try:
         return path.read_text("utf-8")

@@ -14,12 +14,24 @@ def is_trained(facts: Mapping[str, Any]) -> bool:
     return facts.get("kind") == "trained"
 
 
+def is_converted(facts: Mapping[str, Any]) -> bool:
+    """Whether these are of published gates: a mixture that no recipe made."""
+    return facts.get("kind") == "converted"
+
+
 def metadata(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The front matter. The language is not said: nothing here knows it."""
     base = facts["base"]["name"]
     trained = is_trained(facts)
     pipeline = "text2text-generation" if facts["seq2seq"] else "text-generation"
-    tags = ["lora", "lorareg", *([] if trained else ["merge"]), f"base_model:adapter:{base}"]
+    kinds = ["mixlora"] if facts.get("experts") else []
+    tags = [
+        "lora",
+        *kinds,
+        "lorareg",
+        *([] if trained else ["merge"]),
+        f"base_model:adapter:{base}",
+    ]
     if trained:
         tags += [skill for skill in facts["skills"] if skill not in tags]
     found: dict[str, Any] = {

@@ -9,17 +9,18 @@ import jinja2
 import yaml
 
 from lorahub_registry import resources
-from lorahub_registry.card.front import is_trained, metadata
+from lorahub_registry.card.front import is_converted, is_trained, metadata
 from lorahub_registry.card.markdown import cell, code, fence, literal, option, plusminus, point
 from lorahub_registry.errors import OutputError
 
 
 def render(facts: Mapping[str, Any], recipe: str, *, repo: str | None = None) -> str:
-    """The card of a mixture, or of a trained adapter.
+    """The card of a mixture, composed or converted, or of a trained adapter.
 
     Args:
         facts: what ``results.json`` holds.
-        recipe: the YAML that made it, resolved: a recipe, or a factory of this one adapter.
+        recipe: the YAML that made it, resolved: a recipe, or a factory of this one adapter; "" of
+            converted gates.
 
     Raises:
         OutputError: a fact that the card needs is missing.
@@ -37,7 +38,9 @@ def render(facts: Mapping[str, Any], recipe: str, *, repo: str | None = None) ->
     )
     environment.filters |= {"cell": cell, "code": code, "fence": fence, "literal": literal}
     environment.filters |= {"option": option, "plusminus": plusminus, "point": point}
-    template = "adapter" if is_trained(facts) else "mixture"
+    template = "mixture"
+    if is_trained(facts) or is_converted(facts):
+        template = "adapter" if is_trained(facts) else "converted"
     try:
         body = environment.get_template(f"{template}.md.jinja").render(
             **facts,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorahub_registry.adapters.dynamic import FOLDER
-from lorahub_registry.cli import trained
+from lorahub_registry.cli import experts, trained
 from lorahub_registry.cli.output import clean, size
 from lorahub_registry.registry.records import AdapterRecord, ScoreRecord, StoredAdapter
 
@@ -86,6 +86,7 @@ def facts(stored: StoredAdapter, used_in: list[str]) -> dict[str, Any]:
         "alpha": record.alpha,
         "use_rslora": record.use_rslora,
         "use_dora": record.use_dora,
+        "dynamic": _decides(record),
         "targets": list(record.targets),
         "parameters": record.parameters,
         "dtype": record.dtype,
@@ -98,6 +99,7 @@ def facts(stored: StoredAdapter, used_in: list[str]) -> dict[str, Any]:
         "files": [{"name": f.name, "size": f.size, "sha256": f.sha256} for f in record.files],
         "modules": [dict(m) for m in record.modules],
         "config": dict(record.config),
+        "experts": experts.facts(record),
         "mixture": _lineage(stored),
         "trained": trained.facts(stored),
         "used_in": used_in,
@@ -107,10 +109,17 @@ def facts(stored: StoredAdapter, used_in: list[str]) -> dict[str, Any]:
 
 
 def _dynamic(record: AdapterRecord) -> str:
-    """Of a mixture that decides while it runs: that what is told here is its plain LoRA."""
-    if not any(file.name.startswith(f"{FOLDER}/") for file in record.files):
+    """Of a mixture that decides while it runs: where that is, and that the rest is not of it."""
+    if not _decides(record):
         return ""
-    return f"the mixture itself is in {FOLDER}/; what stands here is its plain LoRA"
+    return (
+        f"the mixture itself is in {FOLDER}/ and decides while it runs: generate and explain take "
+        "that one; what stands here is its plain LoRA"
+    )
+
+
+def _decides(record: AdapterRecord) -> bool:
+    return any(file.name.startswith(f"{FOLDER}/") for file in record.files)
 
 
 def page(stored: StoredAdapter, used_in: list[str]) -> str:
@@ -122,15 +131,18 @@ def page(stored: StoredAdapter, used_in: list[str]) -> str:
     if stored.mixture is not None:
         how = ""  # it was composed or trained on that base
     kinds = [name for name, on in (("rsLoRA", record.use_rslora), ("DoRA", record.use_dora)) if on]
+    kind = " ".join([record.peft_type, *kinds, record.task_type or ""]).strip()
+    plain = _decides(record)
     ranks = ", ".join(f"{rank} in {n} modules" for rank, n in record.ranks.items())
     lines = [
         _line("adapter", stored.ref),
         _line("name", record.name),
         _line("base", f"{clean(record.base.name) or '-'}{how}"),
-        _line("kind", " ".join([record.peft_type, *kinds, record.task_type or ""]).strip()),
+        _line("kind", f"{kind} (a plain LoRA with fixed coefficients)" if plain else kind),
         _line("dynamic", _dynamic(record)),
         _line("rank", ranks or record.rank),
         _line("alpha", record.alpha),
+        *[_line(title, text) for title, text in experts.lines(record)],
         _line("targets", ", ".join(record.targets)),
         _line("tensors", _tensors(stored)),
         _line("digest", record.digest),
@@ -191,13 +203,14 @@ def _state(stored: StoredAdapter) -> str:
 
 def _modules(modules: tuple[Mapping[str, Any], ...]) -> list[str]:
     """Modules by the last part of their name: how many, their shapes and ranks."""
-    groups: dict[tuple[str, int, int, int], int] = defaultdict(int)
+    groups: dict[tuple[str, int, int, int, str], int] = defaultdict(int)
     for module in modules:
         end = str(module["name"]).rsplit(".", 1)[-1]
-        groups[end, module["out"], module["in"], module["rank"]] += 1
+        each = " in each expert" if module.get("kind") == "experts" else ""
+        groups[end, module["out"], module["in"], module["rank"], each] += 1
     return [
-        f"{end:<12} {n:>4} x  {out}x{fan_in}, rank {rank}"
-        for (end, out, fan_in, rank), n in sorted(groups.items())
+        f"{end:<12} {n:>4} x  {out}x{fan_in}, rank {rank}{each}"
+        for (end, out, fan_in, rank, each), n in sorted(groups.items())
     ]
 
 
@@ -210,6 +223,8 @@ def _members(stored: StoredAdapter) -> list[str]:
         + (f"  ({m.ref})" if m.ref != m.name else "")
         for m in mixture.members
     ]
+    if _decides(stored.record):
+        rows.append("these are the plain LoRA's coefficients, or their means over its layers")
     return [*rows, f"by {mixture.method}, seed {mixture.seed}: {mixture.verdict}"]
 
 

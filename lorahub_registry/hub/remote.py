@@ -5,13 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
-from lorahub_registry.adapters.config import (
-    CONFIG_NAME,
-    MAX_CONFIG_BYTES,
-    AdapterConfig,
-    parse_config,
-)
-from lorahub_registry.adapters.facts import AdapterFacts, facts_of
+from lorahub_registry.adapters.config import CONFIG_NAME, MAX_CONFIG_BYTES, AdapterConfig
+from lorahub_registry.adapters.facts import AdapterFacts, checked_config, facts_of
 from lorahub_registry.adapters.tensors import PICKLE_NAME, WEIGHTS_NAME, Header, parse_header
 from lorahub_registry.errors import AdapterError, BrokenAdapter, HubError
 from lorahub_registry.hub.client import Hub
@@ -50,7 +45,7 @@ def read_remote(hub: Hub, repo: str, commit: str, subfolder: str, names: Collect
     start = f"{subfolder}/" if subfolder else ""
     config_path = start + CONFIG_NAME
     answer = hub.part(repo, config_path, commit, 0, MAX_CONFIG_BYTES + 1)
-    config = parse_config(answer.data, where=f"{repo}/{config_path}")
+    config = checked_config(answer.data, where=f"{repo}/{config_path}")
     files = [FileRecord(CONFIG_NAME, len(answer.data))]
     if start + WEIGHTS_NAME in names:
         header, size = _read_header(hub, repo, commit, start + WEIGHTS_NAME)

@@ -229,10 +229,11 @@ def write_gated(
         tensors[f"{layers}.{layer}.mixture.lora_gate"] = gates.weights[layer]
         tensors[f"{layers}.{layer}.mixture.lora_gate_bias"] = gates.biases[layer]
     plain: dict[str, LowRank] = {}
+    coefficients = plain_coefficients(gates, layers)
     for name in sorted({name for deltas in experts for name in deltas}):
-        bias = gates.biases[int(name.removeprefix(f"{layers}.").split(".")[0])]
+        number = name.removeprefix(f"{layers}.").split(".")[0]
         own = [{name: deltas[name]} if name in deltas else {} for deltas in experts]
-        plain |= weighted_sum(own, (bias.double() + 1 / len(experts)).tolist())
+        plain |= weighted_sum(own, coefficients[f"{layers}.{number}"])
     save_adapter(
         folder,
         plain,
@@ -256,6 +257,12 @@ def write_gated(
         dtype=dtype,
         all_modules=all_modules,
     )
+
+
+def plain_coefficients(gates: Gates, layers: str) -> dict[str, list[float]]:
+    """Layer → each adapter's coefficient where its gate sees nothing: 1/k + b."""
+    each = gates.biases.double() + 1 / gates.experts
+    return {f"{layers}.{layer}": found for layer, found in enumerate(each.tolist())}
 
 
 def exact_dtype(members: Sequence[Member], experts: Sequence[Deltas]) -> str:

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import lorahub_registry.runtime  # noqa: F401  (PEFT learns the type)
+from lorahub_registry.adapters.tensors import file_sha256
+from lorahub_registry.lock import Lock
 from lorahub_registry.weights.dynamic import load_dynamic
 from tests import tiny
 from tests.cli.conftest import edit_config, tree
@@ -86,7 +89,8 @@ def test_what_is_written_computes_the_published_formula(lorareg, flow, published
     out = flow.parent / gate
     assert f"✓ written to {out}" in done.err
     assert sorted(os.listdir(out)) == [
-        "adapter_config.json", "adapter_model.safetensors", "dynamic", "lorareg.json"
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "dynamic",
+        "lorareg.lock", "results.json",
     ]  # fmt: skip
     assert tree(flow) == tree(published), "the pickles are where they were, and nothing beside"
     ours, tensors = found(out, tiny_llama), gated.gates(biases=gate == "es_math")
@@ -130,11 +134,126 @@ def test_of_a_repo_only_what_is_named_is_pulled(lorareg, on_hub, published, tiny
     assert dynamic.names == ("zh_lora", "math_lora")
     assert [e.ref for e in dynamic.experts] == [f"{REPO}/LoRAs/{n}" for n in dynamic.names]
     assert {e.revision for e in dynamic.experts} == {sha}
-    assert [e.digest for e in dynamic.experts] == [a["digest"] for a in report["adapters"]]
-    names = ("adapter_config.json", "lorareg.json")
+    assert [e.digest for e in dynamic.experts] == [a["digest"] for a in report["members"]]
+    names = ("adapter_config.json", "results.json")
     config, told = ((tmp_path / "desk/mix" / name).read_text() for name in names)
     assert not any(place in config + told for place in (str(tmp_path), "/data/someone"))
     assert json.loads(config)["base_model_name_or_path"] == "tiny-llama"
+
+
+def test_a_converted_mixture_is_found_shown_and_published(
+    lorareg, on_hub, logged_in, published, tmp_path
+):
+    words = ("convert", REPO, "--gate", "Gates/es_math.pt", *PAIR, "--base", "me/tiny@v1")
+    done = lorareg(*words)
+    sha, out = on_hub.sha(REPO), tmp_path / "desk/es_math"
+    assert "licence" not in done.err, "all of it is under the repo's"
+
+    [found] = lorareg("search", "--base", "me/tiny", "--json").json
+    assert (found["ref"], found["base"], found["license"]) == ("es_math", "me/tiny", "mit")
+    shown = lorareg("show", "es_math", "--json").json
+    members = {m["name"]: m for m in shown["mixture"]["members"]}
+    assert shown["mixture"]["method"] == "lora_flow"
+    assert [m["ref"] for m in members.values()] == [f"{REPO}/LoRAs/{n}" for n in gated.RANKS]
+    biases = [gated.gates()[f"encoder.layers.{i}.weight_bias"][0] for i in range(2)]
+    wanted = (torch.stack(biases).double().mean(0) + 0.5).tolist()
+    assert [m["coefficient"] for m in members.values()] == pytest.approx(wanted)
+    page = lorareg("show", "es_math").out
+    assert "by lora_flow, seed 0: not measured here" in page
+    assert "the mixture itself is in dynamic/ and decides while it runs: generate and" in page
+    assert "kind        LORA CAUSAL_LM (a plain LoRA with fixed coefficients)" in page
+    assert "these are the plain LoRA's coefficients" in page
+    assert shown["dynamic"] is True
+
+    card = (out / "README.md").read_text()
+    sums = {p: file_sha256(published / p) for p in ("Gates/es_math.pt",
+            *(f"LoRAs/{n}/adapter_model.bin" for n in gated.RANKS))}  # fmt: skip
+    for said in (
+        "**Not measured:**", "No score was measured here", "lorareg score REF",
+        f"| gates | {REPO}/Gates/es\\_math.pt@{sha} | Gates/es\\_math.pt (a pickle) |",
+        f"| zh\\_lora | {wanted[0]:+.4f} | {REPO}/LoRAs/zh\\_lora@{sha} | mit |",
+        f"lorareg convert {REPO}@{sha} --gate Gates/es_math.pt", 'subfolder="dynamic"',
+        *sums.values(),
+    ):  # fmt: skip
+        assert said in card
+    lock = Lock.load(out / "lorareg.lock")
+    assert lock.data["gates"].files == {"Gates/es_math.pt": sums["Gates/es_math.pt"]}
+    assert {name: pin.files["adapter_model.bin"] for name, pin in lock.adapters.items()} == {
+        name: sums[f"LoRAs/{name}/adapter_model.bin"] for name in gated.RANKS
+    }
+
+    files = ["README.md", "adapter_config.json", "adapter_model.safetensors",
+             "dynamic/adapter_config.json", "dynamic/adapter_model.safetensors", "lorareg.lock",
+             "results.json"]  # fmt: skip
+    dry = lorareg("push", "es_math", "me/spoken", "--dry-run", "--json").json
+    assert [file["name"] for file in dry] == files
+    assert not on_hub.find("*/commit/*")
+    lorareg("push", "es_math", "me/spoken")
+    there = on_hub.files("me/spoken")
+    assert sorted(set(there) - {".gitattributes"}) == files
+    front = ModelCard(there["README.md"].decode()).data
+    assert (front.base_model, front.license, front.library_name) == ("me/tiny", "mit", "peft")
+    text = b"".join(there[name] for name in files if not name.endswith(".safetensors"))
+    assert not any(place.encode() in text for place in (str(tmp_path), "/data/someone"))
+    # The card is as it was written, so that it is written anew for whatever repo.
+    assert lorareg("push", "es_math", "me/other").err.count("edited by hand") == 0
+
+
+def test_the_licence_is_what_all_say_or_the_user(lorareg, quick):
+    words = ("convert", quick, "--gate", "Gates/old.safetensors", *PAIR, "--force", "--json")
+    done = lorareg(*words)
+    assert done.json["license"] is None
+    assert "its licence is unknown, and the unknown is not published: --license ID" in done.err
+    assert "The licence is unknown" in (quick.parent / "old/README.md").read_text()
+    said = lorareg.fails("push", "old", "me/x", "--dry-run")
+    assert "Hint: convert again with --license ID --force" in said
+    (quick / "README.md").write_text("---\nlicense: mit\n---\n")
+    (quick / "LoRAs/zh_lora/README.md").write_text("---\nlicense: llama2\n---\n")
+    done = lorareg(*words)
+    assert done.json["license"] is None
+    assert done.json["notes"] == [
+        "on its licence: zh_lora says llama2, math_lora says mit, the gates' card says mit"
+    ]
+    done = lorareg(*words, "--license", "llama2")
+    assert done.json["license"] == "llama2"
+    assert done.json["notes"] == [
+        "it was given as llama2, but math_lora says mit, the gates' card says mit"
+    ]
+    assert "unknown" not in done.err
+    (quick / "LoRAs/zh_lora/README.md").unlink()
+    assert lorareg(*words).json["license"] == "mit"
+    assert "a licence without a name" in lorareg.fails(*words, "--license", " ", code=2)
+
+
+def test_of_a_folder_no_path_is_told(lorareg, quick, tiny_llama):
+    words = ("convert", quick, "--gate", "Gates/old.safetensors", *PAIR, "--license", "mit")
+    lorareg(*words, "--base", tiny_llama.folder)
+    out = quick.parent / "old"
+    for name in ("README.md", "results.json", "lorareg.lock"):
+        assert str(quick.parent) not in (out / name).read_text()
+    card = (out / "README.md").read_text()
+    assert "lorareg convert FOLDER --gate old.safetensors --adapters zh_lora math_lora" in card
+    assert "| gates | a local file | old.safetensors |" in card
+    assert "Pickles were read" not in card
+    # The base is found again by its name.
+    answers = lorareg("generate", "old", "hi", "--max-new-tokens", "2", "--json").json
+    assert [a["name"] for a in answers] == ["old"]
+    lorareg("push", "old", "me/x", "--dry-run")
+    inner = out / "dynamic"
+    for words in (
+        ("resize", inner, "--rank", "2"),
+        ("merge", "--base", tiny_llama.folder, "--adapter", inner),
+        ("dare", "--adapter", inner, "--rank", "2"),
+    ):
+        said = lorareg.fails(*words, "--out", "no")
+        assert "it is LORA_MIXTURE, and only LoRA adapters can be summed" in said
+        assert f"Hint: it decides while it runs; its plain LoRA stands beside it: {out}" in said
+    said = lorareg.fails("compare", inner, quick / "LoRAs/zh_lora")
+    assert f"its plain LoRA stands beside it: {out}" in said
+    lorareg("resize", out, "--rank", "2", "--out", "small")
+    alone = shutil.copytree(inner, quick.parent / "alone")
+    said = lorareg.fails("resize", alone, "--rank", "2", "--out", "no")
+    assert "take the adapters that it is made of" in said
 
 
 def test_without_a_connection_the_cache_is_enough(lorareg, on_hub, monkeypatch):
@@ -171,7 +290,7 @@ def test_the_temperature_is_the_user_s_to_say(lorareg, quick):
     assert done.json["gates"]["temperature"] == 1.1
     assert load_dynamic(quick.parent / "zh_math/dynamic")[0].router.temperature == 1.1
     done = lorareg(*words, "Gates/es_math.safetensors")
-    assert (done.json["gates"]["temperature"], "Warning" in done.err) == (1, False)
+    assert (done.json["gates"]["temperature"], "the temperature" in done.err) == (1, False)
     for wrong in ("0", "-1", "nan", "inf"):
         said = lorareg.fails(*words, "Gates/old.safetensors", "--temperature", wrong, code=2)
         assert "it is to be above 0" in said
@@ -244,7 +363,7 @@ def test_gates_that_diverged(lorareg, quick):
     tensors["encoder.layers.1.weight_bias"][0, 1] = float("nan")
     save_file(tensors, quick / "Gates/x.safetensors")
     said = fails(lorareg, quick, gate="Gates/x.safetensors")
-    assert "encoder.layers.1.weight_bias holds NaN or infinity" in said
+    assert "Gates/x.safetensors: encoder.layers.1.weight_bias holds NaN or infinity" in said
 
 
 def test_a_pickle_that_holds_more_than_tensors(lorareg, quick):

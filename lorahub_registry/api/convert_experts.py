@@ -1,0 +1,115 @@
+"""Weights: MixLoRA, LoRAMoE and MoLA between m-LoRA's pickles and PEFT's layout."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from lorahub_registry.adapters.mixlora import MixLora, to_config
+from lorahub_registry.api.output import check_output, new_folder, report_head, write_report
+from lorahub_registry.api.publish import folder_of
+from lorahub_registry.errors import UnknownRef
+from lorahub_registry.progress import Progress, silent
+from lorahub_registry.registry.index import record_of_folder
+from lorahub_registry.registry.records import BaseRecord
+from lorahub_registry.registry.store import Registry
+
+Layout = Literal["peft", "mixlora"]
+_CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A folder that was written.
+
+    Attributes:
+        tensors: how many there are.
+        notes: what one of m-LoRA's readers will not read.
+    """
+
+    path: Path
+    mix: MixLora
+    tensors: int
+    notes: tuple[str, ...]
+
+    def report(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "path": str(self.path),
+            "config": to_config(self.mix),
+            "tensors": self.tensors,
+            "notes": list(self.notes),
+        }
+
+
+def convert_experts(
+    place: str | Path,
+    out: str | Path,
+    layout: Layout,
+    *,
+    registry: Registry | None = None,
+    timeout_s: float = 600.0,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Converted:
+    """Write a MixLoRA, LoRAMoE or MoLA adapter in the other layout; its card goes with it.
+
+    Args:
+        place: a folder, or a registered adapter's ref or name: with safetensors, or m-LoRA's
+            ``adapter_model.bin``, which is read in a child process; of any age.
+        out: a new folder.
+        layout: ``peft``: safetensors and today's names, which
+            ``peft.PeftModel.from_pretrained`` loads (MIXLORA) once ``lorahub_registry.runtime`` is
+            imported; it is indexed. ``mixlora``: a float32 ``adapter_model.bin``, which the
+            packages ``mixlora`` and ``moe_peft`` read.
+        force: replace what an earlier run wrote to ``out``.
+
+    Raises:
+        IncompatibleAdapters: another kind of adapter, or what the layout cannot hold.
+        BrokenAdapter: config and tensors disagree, or are damaged.
+        OutputError: ``out`` is not free.
+    """
+    if registry is None:
+        with Registry(progress=progress) as opened:
+            return convert_experts(
+                place, out, layout, registry=opened, timeout_s=timeout_s, force=force,
+                progress=progress,
+            )  # fmt: skip
+    from lorahub_registry.weights.mixlora import read_any, write_mixlora, write_mlora
+
+    source, target = folder_of(place, registry), Path(out)
+    check_output(target, force=force, made_of=[source])
+    with progress.task(f"Converting {source.name}"):
+        mix, tensors = read_any(source, timeout_s=timeout_s)
+        base = _base(place, source, registry)
+        if mix.base is None and base is not None:
+            mix = replace(mix, base=base.name)
+        notes: tuple[str, ...] = ()
+        with new_folder(target, force=force) as folder:
+            if layout == "peft":
+                write_mixlora(folder, mix, tensors)
+            else:
+                notes = write_mlora(folder, mix, tensors)
+            if (source / _CARD).is_file():
+                shutil.copyfile(source / _CARD, folder / _CARD)
+            write_report(folder, {**report_head("convert"), "layout": layout})
+    target = target.resolve()
+    if layout == "peft":
+        registry.put(
+            record_of_folder(
+                target, base=base.name if base and base.how == "given" else None, progress=progress
+            )
+        )
+    return Converted(target, mix, len(tensors), notes)
+
+
+def _base(place: str | Path, source: Path, registry: Registry) -> BaseRecord | None:
+    """The base that is known of what is converted."""
+    for key in (str(source), str(place)):
+        try:
+            return registry.get(key).record.base
+        except UnknownRef:
+            continue
+    return None
