@@ -14,6 +14,7 @@ from typing import Any
 from lorahub_registry.errors import NotApplied
 from lorahub_registry.evaluate.base import LoadedBase
 from lorahub_registry.runtime.fits import take_off
+from lorahub_registry.runtime.moe_hooks import tidy
 
 
 @contextmanager
@@ -54,6 +55,7 @@ def unload(model: Any) -> None:
     tuned = [name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
     for name in tuned:
         model.set_submodule(name, model.get_submodule(name).get_base_layer())
+    tidy(model)
     # PEFT leaves its config on the base, and warns about it at the next load.
     if hasattr(model, "peft_config"):
         del model.peft_config

@@ -16,20 +16,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from lorahub_registry.adapters.mixlora import MixLora
 from lorahub_registry.errors import IncompatibleAdapters
-from lorahub_registry.runtime.operator import RowsMerged
-
-
-def seed_of(*parts: int | str) -> int:
-    """A seed that follows from ``parts``: 32 bits, for a CPU's generator takes no more."""
-    return int.from_bytes(sha256(repr(parts).encode()).digest()[:4], "little")
+from lorahub_registry.runtime.grouped_experts import ExpertLayer, LayerExperts, losses_of
+from lorahub_registry.runtime.linear import is_trainable, weight_of
+from lorahub_registry.runtime.mixture import RowsMerged
+from lorahub_registry.runtime.seeds import seed_of
 
 
 @dataclass
@@ -78,22 +76,35 @@ class Grouped:
     Args:
         model: the base, its weights frozen.
         adapters: for each, module → factors.
+        experts: for each, feed-forward module → its experts there; None: none has any.
 
     Attributes:
         shares: who owns which rows of the next forward; rows of nobody get what the base gives.
+        real: bool [rows, positions] of the next forward, false at padding; None: all are.
+        noted: (number of a share, layer) → its router's logits in this forward.
         layers: what computes in each module's place.
 
     Raises:
         IncompatibleAdapters: a module is none that can be trained here.
     """
 
-    def __init__(self, model: nn.Module, adapters: Sequence[Mapping[str, Factors]]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        adapters: Sequence[Mapping[str, Factors]],
+        experts: Sequence[Mapping[str, LayerExperts]] | None = None,
+    ) -> None:
         self.shares: Sequence[Share] = ()
+        self.real: torch.Tensor | None = None
+        self.noted: dict[tuple[int, int], tuple[torch.Tensor, MixLora]] = {}
         names = sorted({name for adapter in adapters for name in adapter})
-        self.layers = [
+        self.layers: list[_Layer | ExpertLayer] = [
             _Layer(name, model.get_submodule(name), [a.get(name) for a in adapters], self)
             for name in names
         ]
+        for name in sorted({name for held in experts or () for name in held}):
+            held = [each.get(name) for each in experts or ()]
+            self.layers.append(ExpertLayer(name, model.get_submodule(name), held, self))
         self._before: list[Any] = []
         device = next(model.parameters()).device
         # What stands on a frozen base needs a gradient only because this does.
@@ -112,7 +123,16 @@ class Grouped:
             if before is not None:
                 layer.module.forward = before
         self._before.clear()
-        self.shares = ()
+        self.begin((), None)
+
+    def begin(self, shares: Sequence[Share], real: torch.Tensor | None) -> None:
+        """The next forward is of these rows."""
+        self.shares, self.real = shares, real
+        self.noted.clear()
+
+    def extra(self, shares: Sequence[Share]) -> dict[int, torch.Tensor]:
+        """Number of a share of the last forward → a loss of its own, beside that of its tokens."""
+        return losses_of(self.noted)
 
 
 class _Layer:
@@ -300,20 +320,3 @@ def _seen(
     mask = layer.mask(share, f, part)
     flat = part.reshape(-1, x.shape[-1]).float()
     return (flat if mask is None else flat * mask), mask
-
-
-def weight_of(module: nn.Module) -> torch.Tensor:
-    """The module's matrix as [fan_out, fan_in], float32; a quantised one is unpacked."""
-    from peft.utils.integrations import dequantize_module_weight
-
-    weight = dequantize_module_weight(module).detach().float()
-    return weight.T if type(module).__name__ == "Conv1D" else weight
-
-
-def is_trainable(module: nn.Module) -> bool:
-    """Whether adapters can be trained on ``module``: linear ones, quantised or Conv1D, too."""
-    return isinstance(module, nn.Linear) or type(module).__name__ in {
-        "Conv1D",
-        "Linear4bit",
-        "Linear8bitLt",
-    }
