@@ -46,7 +46,8 @@ def estimate(ready: Ready, *, max_together: int | None = None) -> dict[str, Any]
     what enters and leaves each linear module, and the logits.
     """
     from lorahub_registry.evaluate.base import pick_device
-    from lorahub_registry.train.parameters import fans, targets
+    from lorahub_registry.runtime.linear import fans
+    from lorahub_registry.train.parameters import targets
     from lorahub_registry.train.passes import pass_tokens
 
     factory, shapes = ready.factory, ready.base.facts.shapes
@@ -112,12 +113,21 @@ def _skeleton(ready: Ready) -> Any:
 
 
 def _of(order: Order, model: Any) -> dict[str, Any]:
+    from lorahub_registry.runtime.linear import fans
+    from lorahub_registry.runtime.mixlora_plan import expert_sizes, plan_of
+    from lorahub_registry.train.experts import mix_of
     from lorahub_registry.train.learner import items_of, length, steps_of
-    from lorahub_registry.train.parameters import check_start, fans, targets
+    from lorahub_registry.train.parameters import check_start, targets
 
     plan, train = order.plan, order.splits["train"].tokens
+    more = 0
     try:
-        names = targets(model, plan.lora.target_modules)
+        if plan.method is None:
+            names = targets(model, plan.lora.target_modules)
+        else:
+            mix = mix_of(plan, model)
+            where = plan_of(model, mix)
+            names, more = sorted(where.plain), sum(expert_sizes(mix, where).values())
         check_start(model, names, plan.lora)
     except IncompatibleAdapters as error:
         raise IncompatibleAdapters(f"{plan.name}: {error}", hint=error.hint) from None
@@ -129,7 +139,7 @@ def _of(order: Order, model: Any) -> dict[str, Any]:
         "name": plan.name,
         "rank": plan.lora.r,
         "modules": len(names),
-        "parameters": sum(plan.lora.r * (i + o) + plan.lora.use_dora * o for i, o in shapes),
+        "parameters": sum(plan.lora.r * (i + o) + plan.lora.use_dora * o for i, o in shapes) + more,
         "rows": len(train.rows),
         "dropped": len(train.dropped),
         "steps": steps,

@@ -111,6 +111,11 @@ def results_of(
         "LoRA+": lora.loraplus_lr_ratio is not None,
     }
     method = " ".join(name for name, used in kinds.items() if used) or "LoRA"
+    if plan.method is not None:
+        dora = plan.method.expert_lora.use_dora
+        mixes = "MixDoRA" if (lora.use_dora if dora is None else dora) else "MixLoRA"
+        rest = [name for name in ("rsLoRA", "LoRA+") if kinds[name]]
+        method = " ".join([mixes, *rest])
     notes = [*order.notes, *risen(at.loss)]
     if run.reduced:
         notes.append(f"memory ran out {len(run.reduced)} times, and fewer adapters went together")
@@ -125,10 +130,11 @@ def results_of(
         "seq2seq": base.seq2seq,
         "method": f"Q{method}" if factory.quantization and method == "LoRA" else method,
         "lora": lora.model_dump(mode="json"),
+        "experts": plan.method and plan.method.model_dump(mode="json", exclude_none=True),
         "training": plan.training.model_dump(mode="json"),
         "quantization": factory.quantization,
         "objective": plan.data.train.objective,
-        "modules": len(learner.parameters.factors),
+        "modules": len(learner.parameters.factors) + len(learner.parameters.experts),
         "parameters": learner.parameters.flat.numel(),
         "seed": learner.seed,
         "data": {

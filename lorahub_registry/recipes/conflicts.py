@@ -100,11 +100,9 @@ def _names(
     except ValidationError:
         return  # told by the fields themselves
     named = all(isinstance(name, str) for name in names)
-    for key, text in made.problems([str(name) for name in names]):
-        if not key:
-            yield Conflict(("adapters",), text)
-        elif named:
-            yield Conflict(("method", key), text)
+    for path, text in made.problems([str(name) for name in names]):
+        if named or path[0] != "method":
+            yield Conflict(path, text)
 
 
 def _twice(entries: list[Mapping[str, Any]]) -> Iterator[Conflict]:

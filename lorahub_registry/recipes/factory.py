@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 from lorahub_registry.errors import UsageError
 from lorahub_registry.recipes.conflicts import factory_conflicts
 from lorahub_registry.recipes.entries import adapter_name
+from lorahub_registry.recipes.expert_training import MixLoraTraining
 from lorahub_registry.recipes.fields import (
     Bool,
     Column,
@@ -176,8 +177,20 @@ class AdapterPlan(Strict):
         default=None, description="Its licence, as the Hub names it; default: the factory's."
     )
     lora: LoraOptions = Field(default=LoraOptions(), description="Its form.")
+    method: MixLoraTraining | None = Field(
+        default=None, description="`{type: mixlora, …}` for experts; default: one plain LoRA."
+    )
     training: TrainingOptions = Field(default=TrainingOptions(), description="Its run.")
     data: AdapterData = Field(description="What it learns from.")
+
+    @model_validator(mode="after")
+    def _starts_anew(self) -> AdapterPlan:
+        if self.method is not None and self.lora.changes_base:
+            raise ValueError(
+                f"init_lora_weights: {self.lora.init_lora_weights} takes a part out of the base, "
+                "which experts share: use true or gaussian"
+            )
+        return self
 
 
 class FactoryOutput(Strict):

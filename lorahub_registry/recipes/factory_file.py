@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from lorahub_registry.recipes.conflicts import Conflict, factory_conflicts
 from lorahub_registry.recipes.conflicts import Path as Keys
 from lorahub_registry.recipes.dump import dumped
+from lorahub_registry.recipes.expert_training import MixLoraTraining
 from lorahub_registry.recipes.factory import AdapterData, Factory, TrainSplit
 from lorahub_registry.recipes.fields import did_you_mean
 from lorahub_registry.recipes.load import (
@@ -30,7 +31,7 @@ from lorahub_registry.recipes.problems import Grammar, got
 from lorahub_registry.recipes.training import LoraOptions, TrainingOptions
 from lorahub_registry.recipes.yamltext import Located
 
-SECTIONS = ("lora", "training", "data")
+SECTIONS = ("lora", "method", "training", "data")
 """What ``defaults`` may hold, each a mapping that is merged under every adapter's own."""
 
 FACTORIES = Language(
@@ -42,6 +43,7 @@ FACTORIES = Language(
         {
             "at the top": Factory,
             "under lora": LoraOptions,
+            "under method": MixLoraTraining,
             "under training": TrainingOptions,
             "under data": AdapterData,
         },

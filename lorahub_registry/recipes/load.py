@@ -16,6 +16,7 @@ from lorahub_registry.errors import RecipeError
 from lorahub_registry.recipes.conflicts import Conflict, conflicts, written
 from lorahub_registry.recipes.model import Recipe
 from lorahub_registry.recipes.problems import RECIPE, Grammar, problem
+from lorahub_registry.recipes.routed import RoutedMethod
 from lorahub_registry.recipes.yamltext import MAX_BYTES, Located, YamlProblem, read_yaml
 from lorahub_registry.refs import expand
 
@@ -46,11 +47,32 @@ class RecipeFile(InFolder):
         recipe: what it says, paths as written.
         path: the file, absolute.
         text: its exact text.
+        lines: of its keys, where it was read from a file.
     """
 
     recipe: Recipe
     path: Path
     text: str
+    lines: Located | None = None
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """Whether the method can mix adapters of these names, which only resolving gives.
+
+        Raises:
+            RecipeError: it needs more of them, or speaks of one that is not there.
+        """
+        method = self.recipe.method
+        if not isinstance(method, RoutedMethod):
+            return
+        found = [Conflict(path, text) for path, text in method.problems(names)]
+        if found:
+            lines = self.lines
+            said = [f"line {lines.line(one.path)}: {one}" if lines else str(one) for one in found]
+            raise RecipeError(
+                f"{self.path.name}: not a valid recipe:",
+                problems=tuple(said),
+                hint=f"the adapters are {', '.join(names)}",
+            )
 
 
 def load(path: Path | str) -> RecipeFile:
@@ -60,7 +82,8 @@ def load(path: Path | str) -> RecipeFile:
         RecipeError: there is no such file, or all that is wrong with it.
     """
     file, text = read_text(path)
-    return RecipeFile(parse(text, source=str(path)), file, text)
+    lines = located(text, str(path))
+    return RecipeFile(validated(RECIPES, lines, str(path)), file, text, lines)
 
 
 def parse(text: str, *, source: str = "recipe") -> Recipe:

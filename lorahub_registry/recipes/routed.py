@@ -13,6 +13,7 @@ from lorahub_registry.recipes.learned import GRADIENT, Learn
 from lorahub_registry.recipes.method import MethodBase, MethodInfo
 from lorahub_registry.recipes.training import RunOptions
 
+Path = tuple[str | int, ...]
 LEARN, UNIFORM = "learn", "uniform"
 _EACH_LAYER = 256  # groups of layers at most: where there are fewer layers, one each
 
@@ -46,10 +47,13 @@ class RoutedMethod(MethodBase):
         """What of the model it decides for apart; None: it decides for all at once."""
         return None
 
-    def problems(self, names: Sequence[str]) -> Iterator[tuple[str, str]]:
-        """(key of the method or ``""``, what is wrong) with adapters of these names."""
+    def problems(self, names: Sequence[str]) -> Iterator[tuple[Path, str]]:
+        """(where in the recipe, what is wrong) with adapters of these names."""
         if len(names) < 2:
-            yield "", f"{self.type} chooses among two or more adapters, and there is {len(names)}"
+            yield (
+                ("adapters",),
+                f"{self.type} chooses among two or more adapters, and there is {len(names)}",
+            )
 
     def check_names(self, names: Sequence[str]) -> None:
         """Whether it can mix adapters of these names.
@@ -57,9 +61,12 @@ class RoutedMethod(MethodBase):
         Raises:
             RecipeError: it needs more of them, or speaks of one that is not there.
         """
-        for key, text in self.problems(names):
-            where = f"method.{key}" if key else "adapters"
-            raise RecipeError(f"{where}: {text}", hint=f"the adapters are {', '.join(names)}")
+        from lorahub_registry.recipes.conflicts import written  # which knows all methods
+
+        for path, text in self.problems(names):
+            raise RecipeError(
+                f"{written(path)}: {text}", hint=f"the adapters are {', '.join(names)}"
+            )
 
 
 class GateTraining(RunOptions):
@@ -123,12 +130,15 @@ class LoraFlow(RoutedMethod):
         """See :attr:`RoutedMethod.apart`."""
         return None if self.per == "model" else self.per
 
-    def problems(self, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    def problems(self, names: Sequence[str]) -> Iterator[tuple[Path, str]]:
         """See :meth:`RoutedMethod.problems`."""
         yield from super().problems(names)
         if self.init not in {LEARN, UNIFORM, *names}:
             near = did_you_mean(self.init, [LEARN, UNIFORM, *names])
-            yield "init", f"must be learn, uniform or an adapter's name; got {self.init!r}{near}"
+            yield (
+                ("method", "init"),
+                f"must be learn, uniform or an adapter's name; got {self.init!r}{near}",
+            )
 
 
 class Arrow(RoutedMethod):
@@ -175,14 +185,18 @@ class Arrow(RoutedMethod):
             raise ValueError("general names an adapter twice")
         return self
 
-    def problems(self, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    def problems(self, names: Sequence[str]) -> Iterator[tuple[Path, str]]:
         """See :meth:`RoutedMethod.problems`."""
-        for name in self.general:
+        for i, name in enumerate(self.general):
             if name not in names:
-                yield "general", f"no adapter is called {name!r}{did_you_mean(name, names)}"
+                text = f"no adapter is called {name!r}{did_you_mean(name, names)}"
+                yield ("method", "general", i), text
         speak = [name for name in names if name not in self.general]
         if len(speak) < 2 and len(names) > 1:
-            yield "general", f"leaves {len(speak)} to choose among; two or more must stay"
+            yield (
+                ("method", "general"),
+                f"leaves {len(speak)} to choose among; two or more must stay",
+            )
         yield from super().problems(names)
 
 
@@ -216,9 +230,10 @@ class PromptRouter(RoutedMethod):
         "default: what the registry has stored of it.",
     )
 
-    def problems(self, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    def problems(self, names: Sequence[str]) -> Iterator[tuple[Path, str]]:
         """See :meth:`RoutedMethod.problems`."""
         yield from super().problems(names)
         for name in self.examples:
             if name not in names:
-                yield "examples", f"no adapter is called {name!r}{did_you_mean(name, names)}"
+                text = f"no adapter is called {name!r}{did_you_mean(name, names)}"
+                yield ("method", "examples", name), text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema
@@ -55,7 +56,7 @@ def factory_schema() -> dict[str, Any]:
         "properties": {
             name: {
                 "description": f"Of every adapter; what stands in its own {name} wins.",
-                "$ref": "#/$defs/" + plan["properties"][name]["$ref"].rsplit("/", 1)[-1],
+                "$ref": "#/$defs/" + _ref(plan["properties"][name]).rsplit("/", 1)[-1],
             }
             for name in SECTIONS
         },
@@ -65,6 +66,11 @@ def factory_schema() -> dict[str, Any]:
         **schema,
         "title": "lorareg factory",
     }
+
+
+def _ref(schema: Mapping[str, Any]) -> str:
+    """Of a field's own model, also where the field may be left out."""
+    return str(next(s["$ref"] for s in (schema, *schema.get("anyOf", ())) if "$ref" in s))
 
 
 def _standard(schema: Any) -> Any:

@@ -12,7 +12,8 @@ from lorahub_registry.errors import IncompatibleAdapters
 from lorahub_registry.evaluate.nll import keeps_logits, label_logits
 from lorahub_registry.evaluate.tokens import Encoded, one_batch
 from lorahub_registry.runtime.grouped import Factors, Grouped, Share
-from lorahub_registry.train.parameters import fans, targets
+from lorahub_registry.runtime.linear import fans
+from lorahub_registry.train.parameters import targets
 
 
 def check_apart(config: Any, wanted: Mapping[str, tuple[str, ...] | str], *, seq2seq: bool) -> None:

@@ -6,7 +6,7 @@ gradients are added up over the processes before each step, so that all of them 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,7 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 
 from lorahub_registry.errors import OutputError
-from lorahub_registry.runtime.grouped import seed_of
+from lorahub_registry.runtime.seeds import seed_of
 from lorahub_registry.train.learner import Learner, Micro
 
 
@@ -91,10 +91,11 @@ class Crew:
             return losses
         for learner in learners:
             learner.parameters.grad.copy_(reduce(learner.parameters.grad, "sum"))
-        numbers = [learner.number for learner in learners]
-        here = torch.tensor(
-            [losses.get(number, 0.0) for number in numbers],
-            dtype=torch.float32,
-            device=self._state.device,
-        )
-        return dict(zip(numbers, reduce(here, "sum").tolist(), strict=True))
+        return self.sums({learner.number: losses.get(learner.number, 0.0) for learner in learners})
+
+    def sums(self, values: Mapping[int, float]) -> dict[int, float]:
+        """Adapter → the sum of every process's number; all have the same adapters."""
+        if self.size == 1:
+            return dict(values)
+        here = torch.tensor(list(values.values()), dtype=torch.float32, device=self._state.device)
+        return dict(zip(values, reduce(here, "sum").tolist(), strict=True))

@@ -18,13 +18,15 @@ from lorahub_registry.evaluate.packing import pack
 from lorahub_registry.evaluate.tokens import Encoded
 from lorahub_registry.recipes.factory import AdapterPlan
 from lorahub_registry.recipes.training import TrainingOptions
-from lorahub_registry.runtime.grouped import seed_of
-from lorahub_registry.train.parameters import Parameters, Trainable
+from lorahub_registry.runtime.seeds import seed_of
+from lorahub_registry.train.experts import parameters_of
+from lorahub_registry.train.parameters import Trainable
 
 Item = tuple[Encoded, ...]
 """What takes one row of a batch: a row of the data, or several packed together."""
 State = Literal["running", "done", "early", "diverged", "failed"]
 _BUCKET = 50  # batches that are sorted by length together, as transformers does
+_INWARD = {"a", "expert_a", "gate"}  # what LoRA+ does not step further on
 _SCALE = 2.0**16  # of float16's gradients, at first
 _BLOWN = 10  # steps in a row far over what knowing nothing costs
 
@@ -120,7 +122,7 @@ class Learner:
     ) -> None:
         self.number, self.plan, self.seed = number, plan, seed
         self.items, self.validation = list(items), list(validation)
-        self.parameters = parameters or Parameters(model, plan.lora, seed)
+        self.parameters = parameters or parameters_of(plan, model, seed)
         self._half = half
         self.at = Progressed(scale=_SCALE if half else 1.0)
         self.best: torch.Tensor | None = None
@@ -314,7 +316,7 @@ class Learner:
             groups.append(
                 {
                     "params": [value],
-                    "times": ratio if ratio is not None and part != "a" else 1.0,
+                    "times": ratio if ratio is not None and part not in _INWARD else 1.0,
                     "weight_decay": self._options.weight_decay,
                 }
             )

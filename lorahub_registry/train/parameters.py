@@ -16,7 +16,9 @@ from torch import nn
 
 from lorahub_registry.errors import IncompatibleAdapters
 from lorahub_registry.recipes.training import LoraOptions
-from lorahub_registry.runtime.grouped import Factors, is_trainable, weight_of
+from lorahub_registry.runtime.grouped import Factors
+from lorahub_registry.runtime.grouped_experts import LayerExperts
+from lorahub_registry.runtime.linear import fans, is_trainable, weight_of
 
 
 def targets(model: nn.Module, wanted: tuple[str, ...] | str) -> list[str]:
@@ -58,6 +60,7 @@ class Trainable(Protocol):
     grad: torch.Tensor
     parts: dict[str, slice]
     factors: dict[str, Factors]
+    experts: dict[str, LayerExperts]
 
 
 class Parameters:
@@ -67,17 +70,29 @@ class Parameters:
         model: the base, frozen.
         options: rank, scaling, targets, where it starts.
         seed: of the first A.
+        names: the modules that get an adapter; None: those that the options name.
+        more: name → size of further parts, zero, at the end.
 
     Attributes:
         flat, grad: float32, [parameters]; the values and what backward passes add up.
         factors: module → its parts, views of the two.
+        experts: feed-forward module → its experts; none here.
         rank: what is written: twice the trained one where a start is taken off.
         parts: (optimizer's name → slice of ``flat``): ``a``, ``b`` and, for DoRA, ``magnitude``.
     """
 
-    def __init__(self, model: nn.Module, options: LoraOptions, seed: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        options: LoraOptions,
+        seed: int,
+        *,
+        names: Sequence[str] | None = None,
+        more: Mapping[str, int] | None = None,
+    ) -> None:
         self.options = options
-        names = targets(model, options.target_modules)
+        self.experts: dict[str, LayerExperts] = {}
+        names = targets(model, options.target_modules) if names is None else names
         check_start(model, names, options)
         modules = {name: model.get_submodule(name) for name in names}
         shapes = {name: fans(module) for name, module in modules.items()}
@@ -86,6 +101,7 @@ class Parameters:
             "a": sum(rank * fan_in for fan_in, _ in shapes.values()),
             "b": sum(rank * fan_out for _, fan_out in shapes.values()),
             "magnitude": sum(out for _, out in shapes.values()) if options.use_dora else 0,
+            **(more or {}),
         }
         self.flat = torch.zeros(sum(sizes.values()), device=device)
         self.grad = torch.zeros_like(self.flat)
@@ -169,13 +185,6 @@ def check_start(model: nn.Module, names: Sequence[str], options: LoraOptions) ->
             "use_dora needs the norms of the base's weights, which are not at hand in 8 bits",
             hint="take quantization: 4bit, or leave out use_dora",
         )
-
-
-def fans(module: Any) -> tuple[int, int]:
-    """(fan_in, fan_out) of a linear module, packed or not."""
-    if type(module).__name__ == "Conv1D":
-        return int(module.weight.shape[0]), int(module.weight.shape[1])
-    return int(module.in_features), int(module.out_features)
 
 
 def _begin(

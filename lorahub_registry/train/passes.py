@@ -19,7 +19,7 @@ from lorahub_registry.evaluate.packing import mask_dtype, packed_batch
 from lorahub_registry.evaluate.tokens import Batch, Encoded, one_batch, tokens_that_fit
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.runtime.grouped import Grouped, Share
-from lorahub_registry.train.learner import Learner, Micro
+from lorahub_registry.train.learner import Learner, Micro, length
 from lorahub_registry.train.loss import losses_over
 from lorahub_registry.train.scoring import Scoring, cut
 
@@ -27,19 +27,20 @@ _CPU_TOKENS = 2048  # more in one pass bring nothing there, and take memory
 
 
 class Standing:
-    """The base computes with what is trained already: nothing is to be put on it.
-
-    Attributes:
-        shares: who owns which rows of the next forward.
-    """
-
-    shares: Sequence[Share] = ()
+    """The base computes with what is trained already: nothing is to be put on it."""
 
     def __enter__(self) -> Standing:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.shares = ()
+        pass
+
+    def begin(self, shares: Sequence[Share], real: torch.Tensor | None) -> None:
+        """See :meth:`~lorahub_registry.runtime.grouped.Grouped.begin`."""
+
+    def extra(self, shares: Sequence[Share]) -> dict[int, torch.Tensor]:
+        """See :meth:`~lorahub_registry.runtime.grouped.Grouped.extra`."""
+        return {}
 
 
 class Passes:
@@ -49,6 +50,7 @@ class Passes:
         tokens: how many one pass may have.
         most, last: adapters in the fullest pass so far, and in the one that was begun last.
         at: the first micro-batch of that one.
+        extra: adapter → what the last ``gradients`` added to its loss beside its tokens'.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Passes:
         self.tokens = pass_tokens(base.device.type, len(base.tokenizer))
         self.most = self.last = 0
         self.at: Micro | None = None
+        self.extra: dict[int, float] = {}
 
     def gradients(
         self, groups: Sequence[Sequence[Micro]], outputs: Mapping[int, int]
@@ -78,11 +81,11 @@ class Passes:
         Returns:
             Adapter → Σ NLL of its output tokens here, in nats, over those of the whole step.
         """
-        sums = dict.fromkeys(outputs, 0.0)
+        sums, self.extra = dict.fromkeys(outputs, 0.0), {}
         for group in groups:
             self.at, self.last = group[0], len({micro.adapter for micro in group})
             batch, shares = self._batch(group)
-            self._grouped.shares = shares
+            self._grouped.begin(shares, _real(batch, group))
             logits = label_logits(self._base.model, batch, sliced=self._sliced)
             losses = losses_over(logits, batch.labels).sum(1)
             del logits
@@ -91,7 +94,14 @@ class Passes:
             weights = [self._learners[s.adapter].at.scale / outputs[s.adapter] for s in shares]
             each = torch.tensor(weights, device=losses.device)
             each = each.repeat_interleave(torch.tensor(sizes, device=losses.device))
-            (losses * each).sum().backward()
+            total = (losses * each).sum()
+            for number, value in self._grouped.extra(shares).items():
+                adapter = shares[number].adapter
+                # Of its part of the step, as the tokens' loss is.
+                part = group[number].outputs / outputs[adapter]
+                total = total + value * (self._learners[adapter].at.scale * part)
+                self.extra[adapter] = self.extra.get(adapter, 0.0) + float(value.detach()) * part
+            total.backward()
             found = [part.sum() for part in losses.detach().double().split(sizes)]
             for share, value in zip(shares, torch.stack(found).tolist(), strict=True):
                 sums[share.adapter] += value
@@ -107,7 +117,8 @@ class Passes:
         """
         rows = [Encoded([0], [0])] * len(self._learners)
         batch = one_batch(rows, range(len(rows)), 0, self._base.device, seq2seq=self._base.seq2seq)
-        self._grouped.shares = [Share(number, n, n + 1) for n, number in enumerate(self._learners)]
+        shares = [Share(number, n, n + 1) for n, number in enumerate(self._learners)]
+        self._grouped.begin(shares, None)
         label_logits(self._base.model, batch, sliced=self._sliced)
 
     @torch.no_grad()
@@ -122,7 +133,8 @@ class Passes:
         def total(parts: int) -> float:
             found = 0.0
             for batch in cut(batches, parts):
-                self._grouped.shares = [Share(learner.number, 0, len(batch.rows))]
+                shares = [Share(learner.number, 0, len(batch.rows))]
+                self._grouped.begin(shares, batch.inputs["attention_mask"].bool())
                 found += float(token_losses(self._base.model, batch, sliced=self._sliced).sum())
             return found
 
@@ -142,6 +154,13 @@ class Passes:
             return packed_batch(items, which, pad, device, additive=self._additive), shares
         rows = [item[0] for item in items]
         return one_batch(rows, which, pad, device, seq2seq=self._base.seq2seq), shares
+
+
+def _real(batch: Batch, group: Sequence[Micro]) -> torch.Tensor:
+    """bool [rows, positions], false at padding, which stands behind a row's tokens."""
+    width = batch.inputs["input_ids"].shape[1]
+    lengths = torch.tensor([length(item) for micro in group for item in micro.items])
+    return (torch.arange(width) < lengths[:, None]).to(batch.labels.device)
 
 
 def pass_tokens(device: str, vocabulary: int) -> int:

@@ -91,7 +91,11 @@ def train(
             of adapters.
     """
     run, hooks, crew = run or Run(), hooks or Hooks(), crew or Crew()
-    grouped = standing or Grouped(base.model, [learner.parameters.factors for learner in learners])
+    grouped = standing or Grouped(
+        base.model,
+        [learner.parameters.factors for learner in learners],
+        [learner.parameters.experts for learner in learners],
+    )
     with ExitStack() as stack:
         stack.enter_context(checkpointing(base.model, gradient_checkpointing))
         stack.enter_context(grouped)
@@ -159,6 +163,7 @@ def _rounds(
         losses = _gradients(active, crew.own(micros), outputs, work, room, crew)
         if losses is None:
             continue
+        extra = crew.sums({a.number: work.extra.get(a.number, 0.0) for a in active})
         each = (time.perf_counter() - began) / sum(outputs.values())
         stepped = []
         with undisturbed():
@@ -167,6 +172,8 @@ def _rounds(
                 learner.at.seconds += each * outputs[learner.number]
                 entry = learner.step(losses[learner.number])
                 if entry is not None:
+                    if extra[learner.number]:
+                        entry["aux_loss"] = extra[learner.number]
                     stepped.append(learner)
                     hooks.logged(learner, entry)
             run.rounds += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch import nn
 from lorahub_registry.adapters.config import CONFIG_NAME
 from lorahub_registry.adapters.facts import PREFIX
 from lorahub_registry.adapters.tensors import WEIGHTS_NAME
+from lorahub_registry.train.experts import ExpertParameters
 from lorahub_registry.train.parameters import Parameters
 from lorahub_registry.weights.files import DTYPES, short_targets
+from lorahub_registry.weights.mixlora import write_mixlora
 
 
 def write_adapter(
@@ -27,14 +30,22 @@ def write_adapter(
     task_type: str,
     dtype: str = "float32",
 ) -> None:
-    """Write ``parameters`` so that stock PEFT loads them.
+    """Write ``parameters`` so that stock PEFT loads them, or with experts PEFT and our type.
 
     PiSSA and OLoRA become a plain LoRA of twice the rank, on the base as it is.
 
     Args:
         folder: exists already.
-        dtype: of the written factors; DoRA's magnitudes stay float32.
+        dtype: of the written factors; DoRA's magnitudes and routers stay float32.
     """
+    if isinstance(parameters, ExpertParameters):
+        mix = replace(parameters.mix, base=base, task_type=task_type)
+        found = {
+            name: tensor if _exact(name) else tensor.to(DTYPES[dtype])
+            for name, tensor in parameters.native().items()
+        }
+        write_mixlora(folder, mix, found)
+        return
     tensors = {
         # Magnitudes are few, and rounding them moves whole outputs.
         f"{PREFIX}{module}.lora_{name}": tensor.to(
@@ -70,3 +81,7 @@ def write_adapter(
     }
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+
+
+def _exact(name: str) -> bool:
+    return name.endswith(("moe_gate.weight", "lora_magnitude_vector"))

@@ -73,7 +73,7 @@ def test_what_is_given_is_read_and_written_again() -> None:
         ("{type: lora_flow, top_k: 2}", "method.top_k: unknown key"),
         ("{type: arrow, top_k: 0}", "method.top_k: must be at least 1"),
         ("{type: arrow, training: {}}", "method.training: unknown key"),
-        ("{type: arrow, general: [for]}", "method.general: no adapter is called 'for'"),
+        ("{type: arrow, general: [for]}", "method.general[0]: no adapter is called 'for'"),
         ("{type: arrow, general: [one, one]}", "general names an adapter twice"),
         ("{type: arrow, general: [one, two]}", "method.general: leaves 1 to choose among"),
         ("{type: prompt_router, examples: {four: f.jsonl}}", "no adapter is called 'four'"),
@@ -105,6 +105,29 @@ def test_one_adapter_is_no_choice() -> None:
     assert isinstance(read("{type: lora_flow}", searched), LoraFlow), "who knows how many it finds"
 
 
+def test_a_wrong_name_in_a_method_has_its_own_line() -> None:
+    text = RECIPE.replace("method: METHOD", "method:\n  type: KIND\n  SAID")
+    for kind, said, line, problem in (
+        ("lora_flow", "per: layer\n  init: tow", 11, "method.init: must be learn, uniform or an"),
+        (
+            "arrow",
+            "general:\n    - one\n    - for",
+            12,
+            "method.general[1]: no adapter is called 'f",
+        ),
+        (
+            "prompt_router",
+            "examples:\n    one: a.jsonl\n    tow: b.jsonl",
+            12,
+            "method.examples.tow: no adapter is called 'tow', did you mean 'two'?",
+        ),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            parse(text.replace("KIND", kind).replace("SAID", said))
+        [said_now] = caught.value.problems
+        assert said_now.startswith(f"line {line}: {problem}")
+
+
 def test_names_that_only_resolving_gives_are_checked_then() -> None:
     unnamed = RECIPE.replace(", name: one", "")
     method = read("{type: lora_flow, init: org-one}", unnamed)
@@ -117,7 +140,7 @@ def test_names_that_only_resolving_gives_are_checked_then() -> None:
         Arrow(general=("a", "b")).check_names(["a", "b"])
     with pytest.raises(RecipeError, match="adapters: arrow chooses among two or more"):
         Arrow().check_names(["a"])
-    with pytest.raises(RecipeError, match=r"method\.examples: no adapter is called 'c'"):
+    with pytest.raises(RecipeError, match=r"method\.examples\.c: no adapter is called 'c'"):
         PromptRouter(examples={"c": "c.jsonl"}).check_names(["a", "b"])
 
 

@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 
 from lorahub_registry.evaluate.base import LoadedBase
 from lorahub_registry.evaluate.tokens import Encoded
+from lorahub_registry.recipes.expert_training import MixLoraTraining
 from lorahub_registry.recipes.training import LoraOptions, TrainingOptions
 from lorahub_registry.train.learner import Learner, items_of
 
@@ -69,11 +70,17 @@ def rows(count, seed, *, shortest=3, longest=20):
     return found
 
 
-def learner(model, number=0, *, data=0, count=20, validation=0, lora=None, half=False, **training):
+def learner(
+    model, number=0, *, data=0, count=20, validation=0, lora=None, method=None, half=False,
+    **training,
+):  # fmt: skip
     options = {"learning_rate": 5e-3, "batch_size": 4, "num_train_epochs": 2} | training
     plan = SimpleNamespace(
         name=f"a{data}",
         lora=LoraOptions(**{"r": 4, **(lora or {})}),
+        method=None
+        if method is None
+        else MixLoraTraining(**{"type": "mixlora", "num_experts": 4, **method}),
         training=TrainingOptions(**options),
         data=SimpleNamespace(max_length=64),
     )
