@@ -54,8 +54,10 @@ def test_the_recipes_and_factories_of_the_pages_are_valid():
     recipe, factory = _yaml("README.md")
     assert parse(recipe).name == "my-mixture"
     assert [a.name for a in parse_factory(factory).adapters] == ["sql", "code"]
-    [factory] = _yaml("docs/training.md")
+    factory, more = _yaml("docs/training.md")
     assert [a.name for a in parse_factory(factory).adapters] == ["sql", "code", "style"]
+    head, tail = factory.split("output: {path: adapters}")
+    assert parse_factory(f"{head}{more}output: {{path: adapters}}{tail}").adapters[-1].method
 
 
 def _commands(text):

@@ -10,6 +10,7 @@ from pathlib import Path
 from lorahub_registry.adapters.base_files import BaseFacts
 from lorahub_registry.adapters.bases import BaseName
 from lorahub_registry.adapters.config import REFUSED
+from lorahub_registry.adapters.dynamic import PEFT_TYPE, plain_instead
 from lorahub_registry.adapters.facts import AdapterFacts
 from lorahub_registry.errors import IncompatibleAdapters
 
@@ -80,7 +81,8 @@ def check_sum(members: Sequence[Member]) -> None:
         check_weights(member)
         if config.peft_type != "LORA":
             raise IncompatibleAdapters(
-                f"{member.name}: it is {config.peft_type}, and only LoRA adapters can be summed"
+                f"{member.name}: it is {config.peft_type}, and only LoRA adapters can be summed",
+                hint=plain_instead(member.folder) if config.peft_type == PEFT_TYPE else None,
             )
         if config.unsupported:
             feature, _, value = config.unsupported[0].partition("=")

@@ -174,6 +174,13 @@ def folder_to_run(folder: Path) -> Path:
     return inner if (inner / CONFIG_NAME).is_file() else folder
 
 
+def plain_instead(folder: Path) -> str:
+    """What to take where a plain LoRA is wanted and ``folder`` holds a mixture that decides."""
+    if (folder.parent / CONFIG_NAME).is_file():
+        return f"it decides while it runs; its plain LoRA stands beside it: {folder.parent}"
+    return "it decides while it runs; take the adapters that it is made of"
+
+
 def _router(raw: dict[str, Any]) -> Router:
     kind = raw.pop("type")
     if kind not in _ROUTERS:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorahub_registry.adapters.dynamic import FOLDER
 from lorahub_registry.api.listen import listen
+from lorahub_registry.api.listen_experts import listen_experts
 from lorahub_registry.api.prepare import Prepared
 from lorahub_registry.api.voices import (
     OTHERS,
@@ -40,7 +41,8 @@ def draw_gates(folder: Path, results: Mapping[str, Any], ready: Prepared, base: 
     ``results["routing"]`` has it, or where there are none over the text. Below, one row, each
     token on the colour of the adapter that was the loudest: the first held-out row, or else the
     first training row. A recipe without rows has no picture, and neither has a router of prompts,
-    which says the same in every layer and at every token.
+    which says the same in every layer and at every token. Of a MixLoRA the part above is a map:
+    which share of a layer's tokens each expert gets.
     """
     from lorahub_registry.evaluate.rows import tokenise
     from lorahub_registry.evaluate.stock import stock_peft
@@ -51,28 +53,39 @@ def draw_gates(folder: Path, results: Mapping[str, Any], ready: Prepared, base: 
         return
     data = ready.recipe.data
     [row] = tokenise(rows[:1], data, base.tokenizer, seq2seq=base.seq2seq, drop=False).rows
+    loads = results["routing"].get("load")
     with stock_peft(base, folder / FOLDER) as model:
-        dynamic = read_dynamic(folder / FOLDER)
-        voices = listen(model, base.tokenizer, dynamic, row.prompt, row.output)
-    said = results["routing"]["mean"]
+        if loads:
+            names = [member["name"] for member in results["members"]]
+            voices = listen_experts(model, base.tokenizer, names, row.prompt, row.output)
+        else:
+            dynamic = read_dynamic(folder / FOLDER)
+            voices = listen(model, base.tokenizer, dynamic, row.prompt, row.output)
+    said = loads or results["routing"]["mean"]
     means = {
         layer: tuple(each.get(name) for name in voices.adapters) for layer, each in said.items()
     }
     over = f"the {results['tokens']['train']['rows']} training rows" if ready.train else ""
-    figure = draw(voices, means if ready.train else voices.means(), over, f"first {split} row")
+    figure = draw(
+        voices, means if ready.train else voices.means(), over, f"first {split} row",
+        loads=bool(loads),
+    )  # fmt: skip
     with warnings.catch_warnings():
         # Of a script that the font lacks, boxes are drawn; their colours still tell.
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
         figure.savefig(folder / GATES_NAME, format="png", dpi=110, metadata={"Software": None})
 
 
-def draw(voices: Voices, means: Mapping[str, Line], over: str, text: str) -> Any:
+def draw(
+    voices: Voices, means: Mapping[str, Line], over: str, text: str, *, loads: bool = False
+) -> Any:
     """The figure.
 
     Args:
         means: layer → each adapter's mean coefficient.
         over: what they are means over; empty where it is the text below.
         text: what the text is called.
+        loads: ``means`` are shares of the layer's tokens that each expert is chosen by.
     """
     # Late, and without a display: half a second that only a dynamic mixture takes.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -92,9 +105,13 @@ def draw(voices: Voices, means: Mapping[str, Line], over: str, text: str) -> Any
     FigureCanvasAgg(figure)
     box = (0.75 / width, 1 - (top + 2.2) / height, _WIDTH / width, 2.2 / height)
     axes = figure.add_axes(box)
-    _draw_layers(axes, means, hues)
+    if loads:
+        _draw_loads(axes, means, voices.adapters)
+    else:
+        _draw_layers(axes, means, hues)
     axes.set_title(
-        f"mean over {over or 'the text below'}", fontsize="small", loc="right", pad=3, color="#555"
+        f"{'share of the tokens of' if loads else 'mean over'} {over or 'the text below'}",
+        fontsize="small", loc="right", pad=3, color="#555",
     )  # fmt: skip
     marks = [axes.plot([], [], "s", color=hue, markersize=8)[0] for _, hue in legend]
     drawn = axes.legend(
@@ -167,6 +184,30 @@ def _draw_layers(axes: Any, means: Mapping[str, Line], hues: Sequence[str]) -> N
     axes.set_xlabel("layer" if len(words) == 1 else "layers: " + " | ".join(words))
     axes.set_ylabel("mean coefficient")
     axes.grid(axis="y", linewidth=0.4)
+
+
+def _draw_loads(axes: Any, loads: Mapping[str, Line], adapters: Sequence[str]) -> None:
+    """A map: a line for each expert, a column for each layer, darker the more tokens it gets."""
+    shares = [[line[i] or 0.0 for line in loads.values()] for i in range(len(adapters))]
+    axes.imshow(shares, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    names = [name.rpartition(".")[2] for name in loads]
+    step = -(-len(names) // 20)
+    axes.set_xticks(range(0, len(names), step), names[::step], fontsize="small")
+    axes.set_xlabel("layer")
+    every = -(-len(adapters) // 16)
+    ticks = range(0, len(adapters), every)
+    short = [name if len(name) <= 9 else f"{name[:8]}…" for name in adapters]
+    axes.set_yticks(ticks, [short[i] for i in ticks], fontsize="x-small")
+    for label in axes.get_yticklabels():
+        label.set_parse_math(False)
+    if len(names) > 16 or len(adapters) > 10:
+        return
+    for i, line in enumerate(shares):
+        for at, share in enumerate(line):
+            axes.text(
+                at, i, f"{share:.0%}", ha="center", va="center", fontsize="x-small",
+                color="white" if share > 0.6 else "black",
+            )  # fmt: skip
 
 
 def _page(tokens: Sequence[str]) -> list[tuple[int, int, int, str]]:

@@ -14,6 +14,7 @@ from lorahub_registry.errors import BaseModelError
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.recipes import Recipe, RecipeFile, overlap, render
 from lorahub_registry.recipes.learned import GRADIENT, Learn, LoraHub, Searched
+from lorahub_registry.recipes.mixlora import MixLora
 from lorahub_registry.recipes.routed import LoraFlow, RoutedMethod
 from lorahub_registry.registry.store import Registry
 
@@ -32,8 +33,9 @@ def plan(
 
     Tokens are counted with the base's own tokenizer; the speed is measured, on this machine, by
     a matrix product of the base's width. Memory counts the base, every adapter in float32 with
-    its stacked factors and their sum, and the kept copies of float32 weights. A base or adapter
-    from the Hub that is not here yet is pulled.
+    its stacked factors and their sum, and the kept copies of float32 weights; time, of a mixture
+    that decides while it runs, what all its adapters compute, too. ``not_counted`` says what is
+    left out. A base or adapter from the Hub that is not here yet is pulled.
 
     Raises:
         LoraregError: whatever would stop the run.
@@ -73,6 +75,8 @@ def _estimate(ready: Prepared, progress: Progress) -> dict[str, Any]:
     forwards = (passes + taught) * train + models * test
     sizes = sorted((m.facts.parameters or 0 for m in ready.members), reverse=True)
     adapters = sum(sizes[: _together(recipe, len(sizes))]) * 4
+    # One that decides has all of them beside the base in every forward.
+    beside = sum(sizes) if recipe.method.dynamic else 0
     changed = {m.name: m.fan_in * m.fan_out for a in ready.members for m in a.facts.modules}
     # A number as it is stored, unless the recipe says otherwise; copies only of float32 weights.
     each = BYTES.get(recipe.dtype) or ready.base.facts.bytes / max(1, parameters)
@@ -96,9 +100,26 @@ def _estimate(ready: Prepared, progress: Progress) -> dict[str, Any]:
         "memory_bytes": round(parameters * each) + 3 * adapters + copies,
         "device": device,
         "gflops": gflops,
-        "seconds": 2 * parameters * forwards / (gflops * 1e9),
+        "seconds": 2 * (parameters + beside) * forwards / (gflops * 1e9),
+        "not_counted": _not_counted(recipe, rows),
         "output": str(ready.out),
     }
+
+
+def _not_counted(recipe: Recipe, rows: int) -> dict[str, str]:
+    """What memory and time leave out, in words."""
+    method = recipe.method
+    memory, time_ = "activations", "loading, generation, attention's scores"
+    if _rivals(recipe, rows) or getattr(method, "optimizer", None) == GRADIENT:
+        memory += ", which are kept of a whole batch while gradients are computed"
+        if isinstance(method, LoraFlow):
+            memory += " (of gates' training, too), and gates with their moments"
+        if isinstance(method, MixLora):
+            memory += " (of routers' training, too), and what is trained with its moments"
+        memory += ": of long rows they may be more than the weights"
+    if method.dynamic:
+        time_ += ", what gates and routers compute to decide"
+    return {"memory": memory, "time": time_}
 
 
 def _check_rows(ready: Prepared, rows: int, tokens: int, progress: Progress) -> None:
@@ -123,9 +144,9 @@ def _together(recipe: Recipe, members: int) -> int:
 
 
 def _training(recipe: Recipe, rows: int) -> tuple[int, float]:
-    """(optimizer steps of gates, what they cost in forwards over the training rows)."""
+    """(optimizer steps of gates or routers, what they cost in forwards over the training rows)."""
     method = recipe.method
-    if not isinstance(method, LoraFlow):
+    if not isinstance(method, LoraFlow | MixLora):
         return 0, 0
     run = method.training
     per_step = run.batch_size * run.gradient_accumulation_steps

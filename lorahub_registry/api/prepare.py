@@ -32,7 +32,7 @@ from lorahub_registry.recipes import (
 )
 from lorahub_registry.recipes import load as load_recipe
 from lorahub_registry.recipes.model import Split
-from lorahub_registry.recipes.routed import PromptRouter, RoutedMethod
+from lorahub_registry.recipes.routed import PromptRouter
 from lorahub_registry.recipes.rows import Row
 from lorahub_registry.refs import expand, looks_like_path
 from lorahub_registry.registry.records import AdapterRecord, CentroidRecord
@@ -99,8 +99,7 @@ def prepare(
     )
     members = resolved.members
     check_sum(members)
-    if isinstance(wanted.method, RoutedMethod):
-        wanted.method.check_names([m.name for m in members])
+    file.check_names([m.name for m in members])
     if getattr(wanted.method, "form", None) == "factor":
         check_factors(members)
     notes = check_base(members, found.facts, allow=wanted.allow_base)

@@ -58,16 +58,10 @@ def explain(
 
     with Registry(progress=out) as registry:
         found = run(
-            ref, prompt, max_new_tokens=max_new_tokens, base=base, device=device,
-            registry=registry, progress=out,
+            ref, prompt, max_new_tokens=max_new_tokens, layer=None if layer == "mean" else layer,
+            base=base, device=device, registry=registry, progress=out,
         )  # fmt: skip
     if found.prompt is not None:
-        if layer != "mean":
-            raise UsageError(
-                f"--layer {layer}: {found.name} decides once for the whole prompt, the same in "
-                "every layer",
-                hint="leave --layer out",
-            )
         _once(found, found.prompt, out)
         return
     layers = None if layer == "mean" else _layers(found.voices, layer)

@@ -192,9 +192,10 @@ def _plan_page(facts: dict[str, Any]) -> str:
         f"method    {facts['method']}, {search if facts['evaluations'] else 'nothing to learn'}",
         f"proof     {facts['models']} models on {facts['test_rows']} rows "
         f"({facts['test_tokens']:,} tokens)",
-        f"memory    about {size(facts['memory_bytes'])} of weights; activations not counted",
+        f"memory    about {size(facts['memory_bytes'])} of weights; not counted: "
+        f"{facts['not_counted']['memory']}",
         f"time      about {max(1, facts['seconds']):.0f} s on {facts['device']} at a measured "
-        f"{facts['gflops']:.0f} GFLOP/s; loading and generation not counted",
+        f"{facts['gflops']:.0f} GFLOP/s; not counted: {facts['not_counted']['time']}",
         f"output    {facts['output']}",
     ]
     if facts["lock"]:

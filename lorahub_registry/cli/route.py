@@ -62,7 +62,9 @@ def route(
     centroids of all adapters of the base, and no adapter is loaded or even pulled.
 
     SIMILARITY is 1 where an adapter's rows lie, and 0 as far away as the adapters are from each
-    other; a prompt may be for none of them.
+    other. DISTANCE is 1 where its own rows lie on average: a prompt that is twice as far from the
+    nearest may be for none of them, which is said. Of an adapter trained again into another folder
+    only the newest takes part.
 
     \b
     Examples:
@@ -91,11 +93,15 @@ def route(
             registry=registry,
             progress=out,
         )
-    columns = {"name": "<", "probability": ">", "similarity": ">", "skills": "<", "ref": "<"}
+    columns = {"name": "<", "probability": ">", "similarity": ">", "distance": ">",
+               "skills": "<", "ref": "<"}  # fmt: skip
     shown = [vars(one) | {"skills": list(one.skills)} for one in found]
     if out.format == "human":
         for one in shown:
-            one |= {key: f"{one[key]:.3f}" for key in ("probability", "similarity")}
+            one |= {
+                key: f"{one[key]:.3f}" if one[key] is not None else "-"
+                for key in ("probability", "similarity", "distance")
+            }
     out.table(shown, columns, quiet="ref")
 
 

@@ -56,7 +56,9 @@ def show(voices: Voices, layers: Sequence[str] | None) -> None:
     chosen = voices.at(layers)
     hues = colours(len(voices.adapters), chosen)
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
-    coloured = console.is_terminal and not console.no_color and console.color_system is not None
+    # The nearest of 16 colours are the same for several adapters, and white for all weak leads.
+    coloured = console.is_terminal and not console.no_color
+    coloured = coloured and console.color_system in {"256", "truecolor", "windows"}
     what = "mean over the layers" if layers is None else ", ".join(layers)
     if coloured:
         _coloured(console, voices, chosen, hues)

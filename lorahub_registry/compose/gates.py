@@ -22,9 +22,9 @@ from lorahub_registry.progress import Progress, silent
 from lorahub_registry.recipes.factory import AdapterData, AdapterPlan, TrainSplit
 from lorahub_registry.recipes.routed import LoraFlow
 from lorahub_registry.recipes.training import TrainingOptions
+from lorahub_registry.runtime.linear import fans
 from lorahub_registry.runtime.places import place_of, width_of
 from lorahub_registry.train.learner import Learner, items_of
-from lorahub_registry.train.parameters import fans
 from lorahub_registry.train.passes import Standing
 from lorahub_registry.train.run import train
 
@@ -83,6 +83,7 @@ class GateParameters:
         self.grad = torch.zeros_like(self.flat)
         self.parts = {"gate": slice(0, len(self.flat))}
         self.factors: dict[str, Any] = {}
+        self.experts: dict[str, Any] = {}
         at = 0
         for value in values:
             where = slice(at, at + value.numel())

@@ -78,7 +78,7 @@ def _routing(routed: Routed) -> dict[str, Any]:
         "type": routed.router.type,
         **asdict(routed.router),
         "folder": FOLDER,
-        "peft_type": PEFT_TYPE,
+        "peft_type": getattr(routed.router, "peft_type", PEFT_TYPE),
         "mean": {
             layer: dict(zip(routed.experts, row, strict=True)) for layer, row in routed.mean.items()
         },

@@ -15,6 +15,7 @@ from lorahub_registry.adapters.compat import Member
 from lorahub_registry.adapters.dynamic import FOLDER, Router
 from lorahub_registry.adapters.layer_order import layer_order
 from lorahub_registry.compose.bench import Means
+from lorahub_registry.compose.expert_facts import ExpertRouter
 from lorahub_registry.compose.gates import start, train_gates
 from lorahub_registry.compose.rivals import rival_name, static_rivals
 from lorahub_registry.errors import IncompatibleAdapters
@@ -61,7 +62,7 @@ class Routed:
     members: tuple[Member, ...]
     adapters: tuple[Deltas, ...]
     experts: tuple[str, ...]
-    router: Router
+    router: Router | ExpertRouter
     mean: dict[str, tuple[float, ...]]
     coefficients: dict[str, float]
     plain: Deltas
@@ -150,8 +151,8 @@ def route(
         experts=tuple(experts),
         router=router,
         mean=_by_layer(mean, list(experts.values()), base.model),
-        coefficients=_by_member(mean, deltas, list(experts)),
-        plain=_plain(list(experts.values()), mean),
+        coefficients=by_member(mean, deltas, list(experts)),
+        plain=plain_sum(list(experts.values()), mean),
         static=static,
         rivals={name: one.mixture for name, one in rivals.items()},
         loss=loss,
@@ -258,7 +259,7 @@ def _apart(batch: Batch) -> Batch:
     return replace(batch, inputs=inputs)
 
 
-def _plain(experts: Sequence[Deltas], mean: Mapping[str, torch.Tensor]) -> Deltas:
+def plain_sum(experts: Sequence[Deltas], mean: Mapping[str, torch.Tensor]) -> Deltas:
     """Every module's experts with their mean coefficients there: a static sum."""
     found: dict[str, LowRank] = {}
     for name, coefficients in sorted(mean.items()):
@@ -282,7 +283,7 @@ def _by_layer(
     }
 
 
-def _by_member(
+def by_member(
     mean: Mapping[str, torch.Tensor], deltas: Mapping[str, Deltas], experts: Sequence[str]
 ) -> dict[str, float]:
     """Each member's coefficient in the plain sum: a general one's is what the experts leave out."""

@@ -14,6 +14,7 @@ from lorahub_registry.adapters.compat import Member
 from lorahub_registry.adapters.dynamic import FOLDER
 from lorahub_registry.compose.bench import Means
 from lorahub_registry.compose.encoder import Encoder, Rows
+from lorahub_registry.compose.experts import make_experts
 from lorahub_registry.compose.fit import Fitted, fit
 from lorahub_registry.compose.prove import Proof, prove
 from lorahub_registry.compose.routed import Routed, route
@@ -30,6 +31,7 @@ from lorahub_registry.evaluate.hidden import centroid
 from lorahub_registry.evaluate.measure import TestSet, check_text
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.recipes.learned import Searched
+from lorahub_registry.recipes.mixlora import MixLora
 from lorahub_registry.recipes.model import Recipe
 from lorahub_registry.recipes.routed import RoutedMethod
 from lorahub_registry.recipes.rows import overlap
@@ -92,10 +94,15 @@ def compose(
     test = encoder(rows.test, "test")
     fitted = routed = None
     if isinstance(recipe.method, RoutedMethod):
-        routed = route(
-            recipe, members, base, train, folder, centroids=_centroids(base, encoder, rows),
-            means=means, progress=progress,
-        )  # fmt: skip
+        if isinstance(recipe.method, MixLora):
+            routed = make_experts(
+                recipe, members, base, train, folder, means=means, progress=progress
+            )
+        else:
+            routed = route(
+                recipe, members, base, train, folder, centroids=_centroids(base, encoder, rows),
+                means=means, progress=progress,
+            )  # fmt: skip
         for text in routed.notes:
             encoder.note(text)
         coefficients, adapters = routed.coefficients, list(routed.adapters)

@@ -120,9 +120,10 @@ def load_dynamic(folder: Path) -> tuple[Dynamic, list[dict[str, LowRank]], dict[
         BrokenAdapter: tensors and config disagree, or are not those the router was made with.
     """
     dynamic = read_dynamic(folder)
-    tensors = load_file(folder / WEIGHTS_NAME)
-    check_dynamic(dynamic, tensors, where=str(folder))
-    check_router(dynamic, tensors, where=str(folder))
+    file = folder / WEIGHTS_NAME
+    tensors = load_file(file)
+    check_dynamic(dynamic, tensors, where=str(file))
+    check_router(dynamic, tensors, where=str(file))
     experts: list[dict[str, LowRank]] = [{} for _ in dynamic.experts]
     router = {}
     for key, value in tensors.items():

@@ -11,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import lorahub_registry as lr
+from lorahub_registry.adapters.facts import read_facts
 from lorahub_registry.registry.store import Registry
 from tests.cli.conftest import edit_config, tree, write_rows
 
@@ -278,6 +279,9 @@ def test_a_dry_run_tells_what_it_learns_and_trains(lorareg, kitchen):
     assert "lora_flow, 3 steps of training and at most 80 evaluations of 10 rows" in done.out
     assert "proof     9 models on 10 rows" in done.out
     assert not (kitchen / "out").exists()
+    left_out = "activations, which are kept of a whole batch while gradients are computed"
+    assert f"not counted: {left_out} (of gates' training, too), and gates with their" in done.out
+    assert "not counted: loading, generation, attention's scores, what gates and" in done.out
     epochs = {"type": "lora_flow", "training": {"batch_size": 3, "gradient_accumulation_steps": 2}}
     facts = lorareg("compose", kitchen.recipe(method=epochs), "--dry-run", "--json").json
     assert (facts["steps"], facts["evaluations"], facts["models"]) == (2 * 5, 80, 9)
@@ -285,9 +289,20 @@ def test_a_dry_run_tells_what_it_learns_and_trains(lorareg, kitchen):
     arrow = kitchen.recipe(method={"type": "arrow"}, data=test)
     facts = lorareg("compose", arrow, "--dry-run", "--json").json
     assert (facts["steps"], facts["evaluations"], facts["models"]) == (0, 0, 7)
-    assert "arrow, nothing to learn" in lorareg("compose", arrow, "--dry-run").out
+    page = lorareg("compose", arrow, "--dry-run").out
+    assert "arrow, nothing to learn" in page
+    assert "of weights; not counted: activations\n" in page, "no gradients here"
+    # Of each forward, what the adapters compute counts, too.
+    forwards = facts["models"] * facts["test_tokens"]
+    beside = sum(read_facts(kitchen / f"loras/{n}").parameters for n in ("plain", "wide"))
+    wanted = 2 * (facts["parameters"] + beside) * forwards / facts["gflops"] / 1e9
+    assert facts["seconds"] == pytest.approx(wanted)
     wrong = kitchen.recipe(method={**FLOW, "init": "plane"})
-    assert "did you mean 'plain'?" in lorareg.fails("compose", wrong, "--dry-run")
+    said = lorareg.fails("compose", wrong, "--dry-run")
+    line = wrong.read_text().split("\n").index("  init: plane") + 1
+    assert f"recipe.yaml: not a valid recipe:\n  line {line}: method.init: must be" in said
+    assert "did you mean 'plain'?" in said
+    assert "Hint: the adapters are plain, wide" in said
 
 
 def test_prompts_are_sent_to_whose_rows_they_are_like(lorareg, kitchen):

@@ -1,12 +1,15 @@
 """``lorareg explain``: what it prints, in every format, and what it refuses."""
 
+import json
 import re
+import shutil
 
 import pytest
 import torch
 
 from lorahub_registry.adapters.dynamic import LoraFlow, PromptRouter
 from lorahub_registry.weights.dynamic import Origin, save_dynamic
+from tests import tiny
 from tests.compose.making import deltas
 
 ANSI = re.compile(r"\x1b\[([0-9;]*)m")
@@ -140,6 +143,18 @@ def test_on_a_terminal_the_text_is_coloured_by_who_leads(lorareg, mixture, monke
     assert plain.lines[0].startswith("PART")
 
 
+def test_sixteen_colours_are_too_few_to_tell_voices_apart(lorareg, mixture, monkeypatch):
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.delenv("COLORTERM", raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert ANSI.search(lorareg("explain", mixture, "aab", *BASE).out)
+    monkeypatch.setenv("TERM", "xterm-16color")
+    plain = lorareg("explain", mixture, "aab", *BASE)
+    assert not ANSI.search(plain.out)
+    assert plain.lines[0].startswith("PART")
+
+
 def test_quiet_names_who_is_the_loudest_most_often(lorareg, mixture):
     assert lorareg("explain", mixture, "b", *BASE, "-q").lines == ["plain"]
 
@@ -186,6 +201,28 @@ def test_errors_say_what_to_do(lorareg, mixture, kitchen):
     said = lorareg.fails("explain", mixture, "ab", *BASE, "--layer", "2", code=2)
     assert "Error: --layer 2: no layer with adapters is called so" in said
     assert "model.layers.0 … model.layers.1" in said
+
+
+def test_what_is_wrong_is_told_before_the_base_is_loaded(lorareg, mixture, by_prompt, kitchen):
+    def unloadable(folder):
+        """A base with its tensors, of an architecture that nobody knows."""
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": "nobody-s"}))
+        return "--base", folder, "--max-new-tokens", "0"
+
+    base = unloadable(shutil.copytree(kitchen / "tiny-llama", kitchen / "copy" / "tiny-llama"))
+    said = lorareg.fails("explain", mixture, "ab", *base)
+    assert "nobody-s" in said, "nothing else is wrong"
+    said = lorareg.fails("explain", mixture, "ab", *base, "--layer", "2", code=2)
+    assert "--layer 2: no layer with adapters is called so" in said
+    assert "Hint: mean, or a number or name of model.layers.0 … model.layers.1" in said
+    for there in ("1", "model.layers.1"):
+        assert "nobody-s" in lorareg.fails("explain", mixture, "ab", *base, "--layer", there)
+    said = lorareg.fails("explain", by_prompt, "ab", *base, "--layer", "1", code=2)
+    assert "decides once for the whole prompt" in said
+    other = unloadable(tiny.make("gpt2", kitchen / "copy").folder)
+    said = lorareg.fails("explain", mixture, "ab", *other)
+    assert "gated does not fit tiny-gpt2: the base has no model.layers.0" in said
 
 
 def test_a_recipe_that_was_composed_is_its_mixture(lorareg, kitchen):

@@ -56,14 +56,65 @@ def test_none_of_their_files_is_needed(lorareg, learned):
 def test_the_three_formats(lorareg, learned):
     words = ("route", "ab ac", "--base", "./tiny-llama")
     human = lorareg(*words).lines
-    assert human[0].split() == ["NAME", "PROBABILITY", "SIMILARITY", "SKILLS", "REF"]
+    assert human[0].split() == ["NAME", "PROBABILITY", "SIMILARITY", "DISTANCE", "SKILLS", "REF"]
     assert human[1].split()[0] == "plain"
     quiet = lorareg(*words, "--quiet")
     assert quiet.lines == [str(learned / "loras" / "plain"), str(learned / "loras" / "wide")]
     assert quiet.err == ""
     assert set(lorareg(*words, "--json").json[0]) == {
-        "name", "ref", "probability", "similarity", "skills"
+        "name", "ref", "probability", "similarity", "distance", "skills"
     }  # fmt: skip
+
+
+def test_a_prompt_that_may_be_for_nobody_is_told(lorareg, learned):
+    words = ("route", "--base", "./tiny-llama", "--json")
+    near = lorareg(*words, "ab ac ea")
+    assert "none of them" not in near.err
+    first, second = near.json
+    assert first["distance"] < 2 < second["distance"]
+    far = lorareg("route", "--base", "./tiny-llama", "?!?!?!", "-q")
+    assert "the prompt may be for none of them: it lies" in far.err
+    assert "as that adapter's own rows do on average" in far.err
+    # By one's own rows, on average, it is 1.
+    rows = [json.loads(line)["input"] for line in (learned / "low.jsonl").read_text().splitlines()]
+    own = [lorareg(*words, row).json for row in rows]
+    each = [r["distance"] for one in own for r in one if r["name"] == "plain"]
+    assert sum(each) / len(each) == pytest.approx(1, abs=1e-3)
+    # One row lies where it lies: nothing is known of how far others may.
+    write_rows(learned / "one.jsonl", tiny.rows(1, letters="abc"))
+    lorareg("route", "--learn", "plain", "--rows", "one.jsonl", "--base", "./tiny-llama")
+    again = {row["name"]: row["distance"] for row in lorareg(*words, "?!?!?!").json}
+    assert again["plain"] is None
+    assert again["wide"] > 0
+
+
+def test_of_one_that_was_trained_again_the_newest_takes_part(lorareg, learned):
+    from lorahub_registry.registry.index import record_of_folder
+    from lorahub_registry.registry.records import MixtureRecord
+    from lorahub_registry.registry.store import Registry
+
+    again = shutil.copytree(learned / "loras/plain", learned / "later/plain")
+    with Registry() as registry:
+        for folder in (learned / "loras/plain", again):
+            made = MixtureRecord("plain", "train LoRA", f"# {folder}", str(folder), 0, "", ())
+            registry.add_mixture(record_of_folder(folder, name="plain"), made)
+    lorareg("route", "--learn", again, "--rows", "low.jsonl", "--base", "./tiny-llama")
+    done = lorareg("route", "ab ac ea", "--base", "./tiny-llama", "--json")
+    assert [row["ref"] for row in done.json] == [str(again), str(learned / "loras/wide")]
+    assert done.json[0]["probability"] > 0.9, "and not half of it"
+    old = learned / "loras/plain"
+    assert f"plain was trained again: {again} takes part, the older {old} does not" in done.err
+    assert "1 more of tiny-llama have no centroid and take no part: same" in done.err
+    lorareg("remove", old)
+    done = lorareg("route", "ab ac ea", "--base", "./tiny-llama", "--json")
+    assert (len(done.json), "trained again" in done.err) == (2, False)
+    # Two of one name that were not trained here are two.
+    other = shutil.copytree(learned / "loras/wide", learned / "other/wide")
+    lorareg("add", other, "--base", "tiny-llama")
+    lorareg("route", "--learn", other, "--rows", "high.jsonl", "--base", "./tiny-llama")
+    done = lorareg("route", "zy vw xx", "--base", "./tiny-llama", "--json")
+    assert [row["name"] for row in done.json] == ["wide", "wide", "plain"]
+    assert done.json[0]["ref"] != done.json[1]["ref"]
 
 
 def test_temperature_and_skill(lorareg, learned):

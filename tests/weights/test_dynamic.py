@@ -152,6 +152,23 @@ def test_what_does_not_fit_is_refused_in_words(
     assert not [m for m in base.modules() if m._forward_pre_hooks]
 
 
+@pytest.mark.parametrize(
+    ("change", "name"), [(poison, "lora_gate"), (poison_expert, "lora_B.weight")]
+)
+def test_nan_is_told_with_its_file_and_tensor(
+    folder: Path, change: Callable[[Any], None], name: str
+) -> None:
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(BrokenAdapter) as caught:
+        load_dynamic(folder)
+    said = str(caught.value)
+    assert said.startswith(f"{file}: model.layers.")
+    assert said.endswith(f"{name} holds NaN or infinity")
+
+
 @pytest.mark.parametrize("part", ["expert", "router", "temperature", "order"])
 def test_a_config_without_sums_or_with_another_router_is_refused(
     folder: Path, tiny_llama: tiny.Tiny, part: str
