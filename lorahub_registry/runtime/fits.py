@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,54 @@ from lorahub_registry.adapters.facts import PREFIX
 from lorahub_registry.errors import BrokenAdapter, IncompatibleAdapters
 from lorahub_registry.runtime.gate_layer import GateLayer
 from lorahub_registry.runtime.layers import MixtureLayer
+
+_UNLOADED = "_lorareg_unloaded"
+
+
+class OfFile:
+    """A PEFT config that knows whether it was read: the tensors beside it are yet to be loaded."""
+
+    from_file = False
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's own."""
+        found: Any = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        found.from_file = True
+        return found
+
+
+def bare(model: Any) -> Any:
+    """The base in a ``PeftModel``, which its own method finds only while an adapter is active."""
+    return model.base_model.model if hasattr(model, "get_base_model") else model
+
+
+def injected(model: nn.Module, adapter: str, config: Any) -> None:
+    """An adapter has got its place in this base, and whether its tensors are to follow."""
+    waiting = model.__dict__.setdefault(_UNLOADED, set())
+    (waiting.add if config.inference_mode or config.from_file else waiting.discard)(adapter)
+
+
+def ran(model: nn.Module) -> None:
+    """What this base runs with is there to stay, loaded or not."""
+    model.__dict__.pop(_UNLOADED, None)
+
+
+@contextmanager
+def loading(model: Any, adapter: str, withdraw: Callable[[Any, str], None]) -> Iterator[None]:
+    """Where the block fails, take off an adapter that was injected to be loaded here.
+
+    One that was there before, trained or loaded, stays as it is.
+    """
+    waiting = bare(model).__dict__.get(_UNLOADED, set())
+    try:
+        yield
+    except Exception:
+        if adapter in waiting:
+            withdraw(model, adapter)
+        raise
+    finally:
+        waiting.discard(adapter)
 
 
 def take_off(model: nn.Module, *, idle: bool = False) -> None:

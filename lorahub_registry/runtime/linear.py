@@ -24,9 +24,9 @@ def fans(module: Any) -> tuple[int, int]:
     return int(module.in_features), int(module.out_features)
 
 
-def weight_of(module: nn.Module) -> torch.Tensor:
-    """The module's matrix as [fan_out, fan_in], float32; a quantised one is unpacked."""
+def weight_of(module: nn.Module, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The module's matrix as [fan_out, fan_in]; a quantised one is unpacked."""
     from peft.utils.integrations import dequantize_module_weight
 
-    weight = dequantize_module_weight(module).detach().float()
+    weight = dequantize_module_weight(module).detach().to(dtype)
     return weight.T if type(module).__name__ == "Conv1D" else weight

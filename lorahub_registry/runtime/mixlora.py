@@ -16,13 +16,15 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import register_peft_method
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
 from lorahub_registry.adapters.mixlora import MixLora, Switch, parse_mixlora, to_config
 from lorahub_registry.errors import IncompatibleAdapters, UsageError
+from lorahub_registry.runtime.fits import OfFile, injected, loading
 from lorahub_registry.runtime.flow import BASE, mixed
 from lorahub_registry.runtime.mixlora_names import from_native, settled_config, to_native
-from lorahub_registry.runtime.mixlora_plan import expert_sizes, plan_of
+from lorahub_registry.runtime.mixlora_plan import all_linear, expert_sizes, plan_of
 from lorahub_registry.runtime.moe_flow import MoeFlow
 from lorahub_registry.runtime.moe_hooks import tidy as tidy
 from lorahub_registry.runtime.moe_hooks import watch
@@ -32,6 +34,10 @@ from lorahub_registry.runtime.room import check_room
 
 MIXLORA = member("MIXLORA")
 _SMALLER = "take a device with more memory, or experts of a lower rank"
+
+_ALL = INCLUDE_LINEAR_LAYERS_SHORTHAND
+# Where the weights of a new adapter start, which no file tells.
+_STARTS = (True, "gaussian")
 
 _NATIVE = (
     "expert_lora", "routing_strategy", "num_experts", "act_fn", "top_k", "top_p", "temperature",
@@ -50,14 +56,16 @@ _KEPT = frozenset({
 
 
 @dataclass
-class MixLoraConfig(LoraConfig):
+class MixLoraConfig(OfFile, LoraConfig):
     """m-LoRA's ``adapter_config.json``: its keys, its defaults.
 
     Attributes:
         r, lora_alpha, lora_dropout, use_dora, use_rslora: of the attention's LoRA, and of the
             experts where ``expert_lora`` does not say otherwise.
-        target_modules: last parts of names, or name → whether it is on; those of the feed-forward
-            module become experts.
+        target_modules: last parts of names, or name → whether it is on, or ``all-linear``: those
+            of the decoder's layers, by name once it is on a base. What is of the feed-forward
+            module becomes experts.
+        init_lora_weights: also ``gaussian``; of experts, too.
         expert_lora: the same keys for the experts.
         routing_strategy: ``mixlora`` (top-k), ``mixlora-dynamic`` (top-p) or ``mixlora-switch``.
     """
@@ -84,15 +92,30 @@ class MixLoraConfig(LoraConfig):
             self.target_modules = [name for name, on in said.items() if on]
         super().__post_init__()
         self.peft_type = MIXLORA
+        open_yet = self.target_modules is None or self.target_modules == _ALL
+        self._read(**({"target_modules": ["on a base"]} if open_yet else {}))
 
     @property
     def mix(self) -> MixLora:
-        """It, read and checked."""
+        """It, read and checked.
+
+        Raises:
+            UsageError: ``target_modules`` is missing.
+            BrokenAdapter: values that cannot be.
+        """
+        if self.target_modules is None:
+            raise UsageError(
+                "target_modules is missing: MixLoRA has to know which modules it adapts",
+                hint=f'name them, as ["q_proj", "up_proj"], or take "{_ALL}"',
+            )
+        return self._read()
+
+    def _read(self, **more: Any) -> MixLora:
         raw = {key: getattr(self, key) for key in (*_NATIVE, *_SHARED)}
         raw["task_type"] = None if self.task_type is None else str(self.task_type.split(".")[-1])
         if isinstance(raw["target_modules"], set):
             raw["target_modules"] = sorted(raw["target_modules"])
-        return parse_mixlora({**raw, "peft_type": "MIXLORA"}, "adapter_config.json")
+        return parse_mixlora({**raw, "peft_type": "MIXLORA", **more}, "adapter_config.json")
 
     def to_dict(self) -> dict[str, Any]:
         """m-LoRA's keys, none of them null."""
@@ -133,8 +156,11 @@ class MixLoraModel(LoraModel):
     def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's own; where it fails, the model is left as it was."""
         config = self.peft_config[adapter_name]
+        known = _has(model, adapter_name)
         try:
             _check_said(config)
+            if config.target_modules == _ALL:
+                config.target_modules = set(all_linear(model))
             self._mix = config.mix
             _check_alone(model)
             self._plan = plan_of(model, self._mix)
@@ -147,9 +173,11 @@ class MixLoraModel(LoraModel):
             )
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
-            withdraw(model, adapter_name)
+            if not known:
+                withdraw(model, adapter_name)
             raise
         watch(model, self._flow)
+        injected(model, adapter_name, config)
 
     def _check_target_module_exists(self, _: Any, key: str) -> bool:
         return key in self._plan.experts or key in self._plan.plain
@@ -168,7 +196,10 @@ class MixLoraModel(LoraModel):
             made = MoeLayer(mlp, self._flow, self._plan.place, index)
             self._replace_module(parent, target_name, made, target)
             target = made
-        target.update_layer(adapter_name, self._mix, inference_mode=lora_config.inference_mode)
+        target.update_layer(
+            adapter_name, self._mix, inference_mode=lora_config.inference_mode,
+            gaussian=lora_config.init_lora_weights == "gaussian",
+        )  # fmt: skip
 
     @classmethod
     def _get_adapter_state_dict(
@@ -188,11 +219,8 @@ class MixLoraModel(LoraModel):
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        try:
+        with loading(model, adapter_name, withdraw):
             found = from_native(model, adapter_name, config.mix, state_dict)
-        except Exception:
-            withdraw(model, adapter_name)
-            raise
         for _, layer in layers_of(model):
             layer.awaited.discard(adapter_name)
         return found
@@ -289,6 +317,8 @@ def _check_said(config: MixLoraConfig) -> None:
     fresh = LoraConfig()
     for each in fields(LoraConfig):
         value = getattr(config, each.name)
+        if each.name == "init_lora_weights" and value in _STARTS:
+            continue
         if each.name not in _KEPT and value != getattr(fresh, each.name):
             raise UsageError(
                 f"{each.name} is {value!r}, and MixLoRA's files have no place for it",
@@ -296,6 +326,10 @@ def _check_said(config: MixLoraConfig) -> None:
                 if each.name != "modules_to_save"
                 else "leave it out; of task types, CAUSAL_LM has no head of its own to save",
             )
+
+
+def _has(model: nn.Module, adapter: str) -> bool:
+    return any(adapter in layer.mixes for _, layer in layers_of(model))
 
 
 def withdraw(model: Any, adapter: str) -> None:

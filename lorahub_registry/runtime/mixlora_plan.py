@@ -37,15 +37,10 @@ def plan_of(model: Any, mix: MixLora) -> Plan:
     for index, layer in enumerate(layers):
         name = f"{place}.{index}"
         inner, mlp = _mlp(layer, model, name)
+        mlp.acting(mix.act_fn)  # known before anything is changed
         routed = isinstance(layer.get_submodule(inner), MoeLayer)
         inside = {f"{inner}.{'base_layer.' * routed}{each}" for each in mlp.names}
-        wanted = {
-            path: path.rpartition(".")[2]
-            for path, module in layer.named_modules()
-            if (is_trainable(module) or isinstance(module, LoraLayer))
-            and not path.endswith(".base_layer")
-            and ".lora_" not in path
-        }
+        wanted = _linear(layer)
         here = {path for path, last in wanted.items() if last in mix.target_modules}
         caught |= {wanted[path] for path in here}
         if here & inside and mix.has_experts(index):
@@ -66,6 +61,23 @@ def plan_of(model: Any, mix: MixLora) -> Plan:
             hint="name at least one of them",
         )
     return Plan(place, experts, frozenset(plain))
+
+
+def all_linear(model: Any) -> tuple[str, ...]:
+    """The last parts of the names of the linear modules in the decoder's layers."""
+    _, layers = decoder_layers(model)
+    return tuple(sorted({last for layer in layers for last in _linear(layer).values()}))
+
+
+def _linear(layer: nn.Module) -> dict[str, str]:
+    """Linear module of a layer → the last part of its name, also where adapters stand."""
+    return {
+        path: path.rpartition(".")[2]
+        for path, module in layer.named_modules()
+        if (is_trainable(module) or isinstance(module, LoraLayer))
+        and not path.endswith(".base_layer")
+        and ".lora_" not in path
+    }
 
 
 def _mlp(layer: nn.Module, model: Any, where: str) -> tuple[str, Mlp]:

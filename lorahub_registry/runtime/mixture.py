@@ -22,6 +22,7 @@ import torch
 from torch.nn import functional
 
 from lorahub_registry.errors import IncompatibleAdapters, UsageError
+from lorahub_registry.runtime.autocast import autocasts, no_autocast
 
 # What the forms of the operator cost, see Experts._cheapest; one core of a CPU, ranks of 16.
 # Reading an expert's factors; copying them; a token in a batch of small products; sorting tokens
@@ -161,20 +162,22 @@ class Experts:
         tokens = x.reshape(-1, x.shape[-1])
         if tokens.dtype != self.a.dtype:
             tokens = tokens.to(self.a.dtype)
-        if c is None or c.which is None:
-            return self._plus(y, functional.linear(tokens, self.a), c, x.shape[:-1])
-        lines = self._lines(c.values, x.shape[:-1])
-        values = c.values.reshape(lines, -1).to(tokens)
-        which = c.which.reshape(lines, -1).to(tokens.device)
-        found = self._few(y.reshape(-1, y.shape[-1]), tokens, values, which)
-        return found.to(y.dtype).view(y.shape)
+        with no_autocast(x.device):
+            if c is None or c.which is None:
+                return self._plus(y, functional.linear(tokens, self.a), c, x.shape[:-1])
+            lines = self._lines(c.values, x.shape[:-1])
+            values = c.values.reshape(lines, -1).to(tokens)
+            which = c.which.reshape(lines, -1).to(tokens.device)
+            found = self._few(y.reshape(-1, y.shape[-1]), tokens, values, which)
+            return found.to(y.dtype).view(y.shape)
 
     def add_embedded(
         self, y: torch.Tensor, ids: torch.Tensor, c: Coefficients | None, scale: float
     ) -> torch.Tensor:
         """The same on an embedding, which multiplies by ``scale`` what it looks up at ``ids``."""
         low = functional.embedding(ids.flatten(), self.a.T) * scale
-        return self._plus(y, low, c, ids.shape)
+        with no_autocast(y.device):
+            return self._plus(y, low, c, ids.shape)
 
     def _plainest(self, y: torch.Tensor, x: torch.Tensor, c: Coefficients) -> bool:
         """Whether tokens stand as their coefficients do, all is of one kind, and none is kept."""
@@ -184,6 +187,7 @@ class Experts:
             and self._equal
             and not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
+            and not autocasts(x.device)
             and (values.dim() == 1 or values.shape[:-1] == x.shape[:-1])
             and self.a.dtype == x.dtype == y.dtype == values.dtype
             and values.device == x.device

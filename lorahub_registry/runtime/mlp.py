@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers.activations import ACT2FN
 
-from lorahub_registry.errors import IncompatibleAdapters
+from lorahub_registry.errors import BrokenAdapter, IncompatibleAdapters
 from lorahub_registry.runtime.linear import fans, is_trainable
 from lorahub_registry.runtime.places import width_of
 
@@ -37,6 +39,7 @@ class Mlp:
         act: between them.
         gated: one part of what ``first`` gives multiplies the other.
         turned: of a gate_up, the half that passes the activation is the second.
+        dropout: the name of what the module drops its result by in training: a Dropout, a share.
     """
 
     module: nn.Module
@@ -45,6 +48,7 @@ class Mlp:
     act: Activation
     gated: bool
     turned: bool = False
+    dropout: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -68,8 +72,35 @@ class Mlp:
         gate, up = parts[0].chunk(2, -1) if len(parts) == 1 else parts
         return self.act(up) * gate if self.turned else self.act(gate) * up
 
+    def acting(self, name: str | None) -> Mlp:
+        """The same with the activation that transformers knows by ``name``; None: its own.
+
+        Raises:
+            BrokenAdapter: transformers knows none of that name.
+        """
+        if name is None:
+            return self
+        if name not in ACT2FN:
+            raise BrokenAdapter(
+                f"act_fn is {name!r}, which transformers does not know",
+                hint=f"one of {', '.join(sorted(ACT2FN))}, or leave it out for the base's own",
+            )
+        return replace(self, act=ACT2FN[name])
+
+    def dropped(self, x: torch.Tensor) -> torch.Tensor:
+        """A result with the module's own dropout, where the module trains."""
+        if self.dropout is None:
+            return x
+        held = getattr(self.module, self.dropout)
+        found: torch.Tensor = (
+            held(x)
+            if isinstance(held, nn.Module)
+            else functional.dropout(x, held, self.module.training)
+        )
+        return found
+
     def plain(self, x: torch.Tensor) -> torch.Tensor:
-        """What the module gives."""
+        """What the module gives, but for its dropout."""
         found: torch.Tensor = self.linear(self.last)(
             self.between([self.linear(name)(x) for name in self.first])
         )
@@ -103,7 +134,8 @@ def mlp_of(layer: nn.Module, model: Any, where: str) -> tuple[str, Mlp]:
         where: the layer's name.
 
     Raises:
-        IncompatibleAdapters: none of the layer's modules is one; says what was found.
+        IncompatibleAdapters: none of the layer's modules is one; says what was found. Or it is
+            one that drops something else than its result in training.
     """
     seen = []
     for name, module in layer.named_modules():
@@ -113,7 +145,7 @@ def mlp_of(layer: nn.Module, model: Any, where: str) -> tuple[str, Mlp]:
         seen.append(f"{name} ({type(module).__name__}: {', '.join(linear)})")
         for found in _candidates(module, model):
             if _computes(found, width_of(model)):
-                return name, found
+                return name, replace(found, dropout=_dropout_of(found, f"{where}.{name}"))
     raise IncompatibleAdapters(
         f"{where} has no feed-forward part of the forms gate/up/down, gate_up/down or fc1/fc2; "
         + (f"found {'; '.join(seen)}" if seen else f"it is a {type(layer).__name__} of "
@@ -151,17 +183,74 @@ def _computes(mlp: Mlp, width: int) -> bool:
     weight = next(mlp.module.parameters())
     if weight.device.type == "meta":
         return True
+    x = _drawn(mlp, width)
+    with _as_training(mlp.module, False), torch.no_grad():
+        wanted, found = mlp.module(x), mlp.plain(x)
+    return _alike(wanted, found, x.dtype)
+
+
+def _drawn(mlp: Mlp, width: int) -> torch.Tensor:
+    """[1, 4, width], a few tokens, the same each time."""
+    weight = next(mlp.module.parameters())
     dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
     drawn = torch.randn(1, 4, width, generator=torch.Generator().manual_seed(0))
-    x, training = drawn.to(weight.device, dtype), mlp.module.training
-    mlp.module.eval()
+    return drawn.to(weight.device, dtype)
+
+
+def _alike(wanted: Any, found: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether two results are the same; attention gives more than a tensor."""
+    if not isinstance(wanted, torch.Tensor) or wanted.shape != found.shape:
+        return False
+    near = 1e-4 if dtype in {torch.float32, torch.float64} else 2e-2
+    apart = torch.dist(wanted.double(), found.double())
+    return bool(apart <= near * wanted.double().norm())
+
+
+@contextmanager
+def _as_training(module: nn.Module, training: bool) -> Iterator[None]:
+    before = {each: each.training for each in module.modules()}
+    module.train(training)
     try:
-        with torch.no_grad():
-            wanted, found = mlp.module(x).double(), mlp.plain(x).double()
+        yield
     finally:
-        mlp.module.train(training)
-    near = 1e-4 if dtype == torch.float32 else 2e-2
-    return bool(torch.dist(wanted, found) <= near * wanted.norm())
+        for each, was in before.items():
+            each.training = was
+
+
+def _dropout_of(mlp: Mlp, where: str) -> str | None:
+    """The name of what the module drops its result by in training, see :class:`Mlp`.
+
+    Raises:
+        IncompatibleAdapters: it drops something else, or more.
+    """
+    shares = {n: m.p for n, m in mlp.module.named_children() if isinstance(m, nn.Dropout)}
+    shares |= {n: v for n, v in vars(mlp.module).items() if "drop" in n and isinstance(v, float)}
+    names = [name for name, share in shares.items() if share > 0]
+    if not names:
+        return None
+    if len(names) == 1 and next(mlp.module.parameters()).device.type == "meta":
+        return names[0]  # nothing can be tried out
+    if len(names) == 1:
+        x, share = _drawn(mlp, mlp.width[0]), shares[names[0]]
+        with _seeded(x.device), _as_training(mlp.module, True), torch.no_grad():
+            given = mlp.module(x)
+        with _as_training(mlp.module, False), torch.no_grad():
+            kept = mlp.plain(x) / ((1 - share) or 1)
+        if _alike(given, kept.where(given != 0, 0), x.dtype):
+            return names[0]
+    raise IncompatibleAdapters(
+        f"in training, {where} drops more than its result ({', '.join(names)}), which experts in "
+        "its place cannot",
+        hint=f"set {' and '.join(names)} of the base to 0",
+    )
+
+
+@contextmanager
+def _seeded(device: torch.device) -> Iterator[None]:
+    """Nothing drawn in the block is missed after it."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
 
 
 def _activations(module: nn.Module, model: Any) -> list[Activation]:
@@ -170,12 +259,14 @@ def _activations(module: nn.Module, model: Any) -> list[Activation]:
     said = {n: v for n, v in vars(module).items() if n != "forward" and not n.startswith("_")}
     own = [held for held in (*module._modules.values(), *said.values()) if callable(held)]
     found = [held for held in own if not is_trainable(held) and not isinstance(held, nn.Dropout)]
-    config = model.config.get_text_config()
+    config, named = model.config.get_text_config(), []
     for key in ("hidden_activation", "hidden_act", "activation_function"):
         name = getattr(config, key, None)
         if isinstance(name, str) and name in ACT2FN:
-            found.append(ACT2FN[name])
-    return [each for each in found if _is_elementwise(each)]
+            named.append(ACT2FN[name])
+    if not named:  # some call a function that nothing names
+        named = [ACT2FN["silu"], ACT2FN["gelu"]]
+    return [each for each in (*found, *named) if _is_elementwise(each)]
 
 
 def _is_elementwise(act: Any) -> bool:

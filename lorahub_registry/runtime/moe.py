@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional
 
 from lorahub_registry.adapters.mixlora import MixLora, Routing, Switch, TopK, TopP
+from lorahub_registry.runtime.autocast import no_autocast
 from lorahub_registry.runtime.mlp import Mlp
 from lorahub_registry.runtime.moe_inner import Experts, Stack, Work, norms_of, scaled, scales
 
@@ -61,9 +62,10 @@ class Chosen:
 
 
 def logits_of(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """The router's, at least in float32: [tokens, experts]."""
-    wide = torch.promote_types(x.dtype, gate.dtype)
-    return functional.linear(x.to(wide), gate.to(wide))
+    """The router's, at least in float32, under autocast, too: [tokens, experts]."""
+    wide = torch.promote_types(torch.promote_types(x.dtype, gate.dtype), torch.float32)
+    with no_autocast(x.device):
+        return functional.linear(x.to(wide), gate.to(wide))
 
 
 def route(
@@ -150,6 +152,8 @@ def combined(
 ) -> torch.Tensor:
     """What the experts give together: [tokens, width], x's dtype.
 
+    Under autocast the base's own modules are cast, and nothing else.
+
     Args:
         x: [tokens, width].
         dropout: low-rank parts see what dropout leaves.
@@ -162,10 +166,10 @@ def combined(
     bias = getattr(last, "bias", None)
     if dora:
         assert stack is not None
-        low = codes.split(work.counts)
-        delta = torch.cat([c @ b for c, b in zip(low, stack.b, strict=True)])
         each = last(inner.to(x.dtype)).to(wide)
-        scale = scales(last, stack, experts.scaling)[chosen.expert]
+        with no_autocast(x.device):
+            delta = work.whole().products(codes, stack.b.to(wide))
+        scale = scales(last, stack, experts.scaling).to(wide)[chosen.expert]
         each = scaled(each, delta * experts.scaling, scale, bias) * chosen.weight[:, None]
         found = each.new_zeros(len(x), each.shape[-1]).index_add(0, chosen.token, each)
     else:
@@ -175,11 +179,12 @@ def combined(
         if stack is not None:
             spread = codes.new_zeros(len(x), *stack.b.shape[:2])
             spread = spread.index_put((chosen.token, chosen.expert), codes)
-            b = stack.b.flatten(0, 1)
-            found = torch.addmm(found, spread.flatten(1), b, alpha=experts.scaling)
+            b = stack.b.flatten(0, 1).to(wide)
+            with no_autocast(x.device):
+                found = torch.addmm(found, spread.flatten(1), b, alpha=experts.scaling)
     if chosen.through is not None:
         found = found + chosen.through[:, None] * x
-    return found.to(x.dtype)
+    return mlp.dropped(found.to(x.dtype))
 
 
 def router_losses(
@@ -194,10 +199,14 @@ def router_losses(
     Returns:
         ``aux``: how far experts are from equal loads. Uniform routing gives k times the
         coefficient (top-k), and 1 times (switch). ``z`` (switch): mean squared log of the
-        partition function.
+        partition function. All are float32 at least, and zero where no token is real.
     """
     kept = [each if real is None else each[real.to(each.device)] for each in logits]
     whole = torch.cat([each.to(kept[0].device) for each in kept])
+    whole = whole.to(torch.promote_types(whole.dtype, torch.float32))
+    if not len(whole):
+        names = ("aux", "z") if isinstance(mix.routing, Switch) else ("aux",)
+        return {name: whole.sum() for name in names}
     probabilities, experts = whole.softmax(-1), mix.num_experts
     if isinstance(mix.routing, TopK):
         which = whole.topk(mix.routing.k, -1).indices

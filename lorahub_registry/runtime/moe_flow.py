@@ -26,6 +26,7 @@ class MoeFlow(Flow):
         padded: the model was given a mask of another form than [rows, positions].
         logits: (adapter, layer) → the router's, of this forward, while they are collected.
         collects: whether they are.
+        learning: (adapter, layer) whose router gets a gradient from ``logits``.
         seen: called with adapter, layer, logits [tokens, experts], which experts were chosen, and
             ``real`` of these tokens; None: nobody.
         room: (adapter, layer) → int64 [rows, experts]: how many tokens of each row have gone to
@@ -38,6 +39,7 @@ class MoeFlow(Flow):
     padded: bool = False
     logits: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
     collects: bool = False
+    learning: set[tuple[str, int]] = field(default_factory=set)
     seen: Callable[..., None] | None = None
     room: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
     rooms: WeakIdKeyDictionary = field(
@@ -58,6 +60,7 @@ class MoeFlow(Flow):
         self.real = self._noted = real
         self.padded, self.collects, self.within = padded, training, True
         self.logits.clear()
+        self.learning.clear()
         self.room = {}
         self._began = {}
         if cache is not None and cache.get_seq_length():
@@ -91,13 +94,14 @@ class MoeFlow(Flow):
         Raises:
             IncompatibleAdapters: that is not known.
         """
-        if self._began is None:
+        found = None if self._began is None else self._began.get(key)
+        # None: not known at all; without this key: another adapter's cache.
+        if found is None and self._began != {}:
             raise IncompatibleAdapters(
                 "the cache was not begun with this adapter: how much room its tokens have taken "
                 "at the experts is not known",
                 hint="give the model the whole prompt, or the cache that it returned for it",
             )
-        found = self._began.get(key)
         if found is not None and len(found) != rows:
             raise IncompatibleAdapters(
                 f"the cache is of {len(found)} rows and the batch of {rows}: with switch routing "
@@ -128,10 +132,12 @@ class MoeFlow(Flow):
         Raises:
             IncompatibleAdapters: no gradient would get from it to the router.
         """
-        logits = [value for (name, _), value in sorted(self.logits.items()) if name == adapter]
+        own = [key for key in sorted(self.logits) if key[0] == adapter]
+        logits = [self.logits[key] for key in own]
         if not logits or not mix.router_loss:
             return {}
-        if torch.is_grad_enabled() and not all(value.requires_grad for value in logits):
+        lost = [key for key in own if key in self.learning and not self.logits[key].requires_grad]
+        if torch.is_grad_enabled() and lost:
             raise IncompatibleAdapters(
                 "layers are computed twice by reentrant checkpointing, and no gradient of the "
                 "balancing loss would get to the router",
@@ -145,6 +151,10 @@ class MoeFlow(Flow):
         """Drop all that was said of an adapter."""
         super().forget(adapter)
         self.logits = {key: v for key, v in self.logits.items() if key[0] != adapter}
+        self.learning = {key for key in self.learning if key[0] != adapter}
+        # A cache that other adapters have room in, too, is not begun with this one any more.
         for _, room in self.rooms.values():
             for key in [key for key in room if key[0] == adapter]:
                 del room[key]
+        for cache in [cache for cache, (_, room) in self.rooms.items() if not room]:
+            del self.rooms[cache]

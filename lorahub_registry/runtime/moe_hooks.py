@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from lorahub_registry.adapters.mixlora import MixLora
+from lorahub_registry.runtime.fits import ran
 from lorahub_registry.runtime.moe_flow import MoeFlow
 from lorahub_registry.runtime.moe_layer import layers_of
 
@@ -25,13 +27,14 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module, flow: MoeFlow) -> None:
-        self.flow = flow
+        self.flow, self.told = flow, False
         self.names = list(inspect.signature(model.forward).parameters)
 
     # What is kept from forward to forward is no part of a graph.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """Before a forward."""
+        ran(model)
         given = self._given(args, kwargs)
         read = given.get("input_ids")
         read = given.get("inputs_embeds") if read is None else read
@@ -43,9 +46,13 @@ class Watch:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def end(self, model: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
-        """After it."""
-        if model.training:
-            out = self._with_losses(model, self._given(args, kwargs), out)
+        """After it, and after one that failed, which gives None."""
+        try:
+            if model.training and out is not None:
+                out = self._with_losses(model, self._given(args, kwargs), out)
+        except Exception:
+            self.flow.end(None, ())
+            raise
         held = list(out.values()) if isinstance(out, Mapping) else out
         held = held if isinstance(held, list | tuple) else [held]
         cache = next((each for each in held if hasattr(each, "get_seq_length")), None)
@@ -70,12 +77,30 @@ class Watch:
         total = total * _share(given)
         if isinstance(out, tuple):
             apart = out and isinstance(out[0], torch.Tensor) and out[0].dim() == 0
+            if not apart:
+                self._tell(total)
             return (out[0] + total.to(out[0]), *out[1:]) if apart else out
         if getattr(out, "loss", None) is not None:
             out.loss = out.loss + total.to(out.loss)
+        else:
+            self._tell(total)
         for name, value in found.items():
             out[f"{name}_loss"] = value
         return out
+
+    def _tell(self, total: torch.Tensor) -> None:
+        """Say, once, that whoever trains the router has to add its loss."""
+        if self.told or not (self.flow.learning and total.requires_grad):
+            return
+        self.told = True
+        warnings.warn(
+            "the model was given no labels, so its output has no loss that MixLoRA's balancing "
+            "loss could be added to: whoever computes the loss (label_smoothing_factor, "
+            "compute_loss_func) has to add out.aux_loss, and out.z_loss of switch routing; or set "
+            "router_loss=False",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _share(given: Mapping[str, Any]) -> torch.Tensor | float:
@@ -85,9 +110,12 @@ def _share(given: Mapping[str, Any]) -> torch.Tensor | float:
     its loss by that; a router's that was added whole would count once for every batch.
     """
     items, labels = given.get("num_items_in_batch"), given.get("labels")
-    if items is None or labels is None:
+    shifted = given.get("shift_labels")  # what the loss is of where both are given
+    if shifted is None and labels is not None:
+        shifted = labels[..., 1:]
+    if items is None or shifted is None:
         return 1.0
-    here: torch.Tensor = (labels[..., 1:] != _NO_LABEL).sum()
+    here: torch.Tensor = (shifted != _NO_LABEL).sum()
     return here / (items.to(here.device) if isinstance(items, torch.Tensor) else items)
 
 
@@ -98,7 +126,7 @@ def watch(model: nn.Module, flow: MoeFlow) -> None:
     made = Watch(model, flow)
     model.__dict__[_HELD] = (
         model.register_forward_pre_hook(made.begin, with_kwargs=True),
-        model.register_forward_hook(made.end, with_kwargs=True),
+        model.register_forward_hook(made.end, with_kwargs=True, always_call=True),
     )
 
 

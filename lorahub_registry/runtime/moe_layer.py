@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional
-from transformers.activations import ACT2FN
 
 from lorahub_registry.adapters.mixlora import MixLora, Switch
 from lorahub_registry.errors import IncompatibleAdapters
@@ -31,9 +29,9 @@ MERGE = (
 class ExpertsOf(nn.Module):
     """One adapter's parameters on one feed-forward module: ``gate``, and of each projection ``_A``
     [experts, rank, fan_in], ``_B`` [experts, rank, fan_out] and, of DoRA, ``_magnitude``
-    [experts, fan_out]. Float32."""
+    [experts, fan_out]. Float32. ``gaussian``: A starts normal, of deviation 1 / rank, as PEFT's."""
 
-    def __init__(self, mlp: Mlp, mix: MixLora) -> None:
+    def __init__(self, mlp: Mlp, mix: MixLora, *, gaussian: bool = False) -> None:
         super().__init__()
         part, count = mix.experts, mix.num_experts
         wide = torch.float32
@@ -44,7 +42,10 @@ class ExpertsOf(nn.Module):
             weight = mlp.linear(name)
             fan_in, fan_out = fans(weight)
             a = nn.Parameter(torch.empty(count, part.r, fan_in, dtype=wide))
-            nn.init.uniform_(a, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+            if gaussian:
+                nn.init.normal_(a, std=1 / part.r)
+            else:
+                nn.init.uniform_(a, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
             setattr(self, f"{name}_A", a)
             b = nn.Parameter(torch.zeros(count, part.r, fan_out, dtype=wide))
             setattr(self, f"{name}_B", b)
@@ -99,12 +100,13 @@ class MoeLayer(nn.Module, BaseTunerLayer):
         """None, as ``weight``."""
         raise AttributeError("a feed-forward module has no single bias")
 
-    def update_layer(self, adapter: str, mix: MixLora, *, inference_mode: bool) -> None:
+    def update_layer(
+        self, adapter: str, mix: MixLora, *, inference_mode: bool, gaussian: bool = False
+    ) -> None:
         """Make room for an adapter's experts."""
         self.mixes[adapter] = mix
-        act = self.plain.act if mix.act_fn is None else ACT2FN[mix.act_fn]
-        self.mlps[adapter] = replace(self.plain, act=act)
-        self.lora_experts[adapter] = ExpertsOf(self.plain, mix)
+        self.mlps[adapter] = self.plain.acting(mix.act_fn)
+        self.lora_experts[adapter] = ExpertsOf(self.plain, mix, gaussian=gaussian)
         if inference_mode:
             self.awaited.add(adapter)
         self._move_adapter_to_device_of_base_layer(adapter)
@@ -181,7 +183,7 @@ class MoeLayer(nn.Module, BaseTunerLayer):
         found = combined(mlp, experts, flat, chosen, dropout=self.training)
         if isinstance(mix.routing, Switch) and self.training and mix.routing.dropout:
             found = functional.dropout(found, mix.routing.dropout)
-        self._note(adapter, logits, chosen, real)
+        self._note(adapter, logits, chosen, real, learns=gate.requires_grad)
         return found.view(x.shape)
 
     def _real(self, which: torch.Tensor | None, flat: torch.Tensor) -> torch.Tensor | None:
@@ -222,12 +224,15 @@ class MoeLayer(nn.Module, BaseTunerLayer):
         return chosen
 
     def _note(
-        self, adapter: str, logits: torch.Tensor, chosen: Chosen, real: torch.Tensor | None
-    ) -> None:
+        self, adapter: str, logits: torch.Tensor, chosen: Chosen, real: torch.Tensor | None,
+        *, learns: bool,
+    ) -> None:  # fmt: skip
         if torch._C._current_graph_task_id() != NO_BACKWARD:
             return  # checkpointing computes again what was noted
         if self.flow.collects:
             self.flow.logits[adapter, self.index] = logits
+            if learns:
+                self.flow.learning.add((adapter, self.index))
         if self.flow.seen is not None:
             self.flow.seen(adapter, self.index, logits.detach(), chosen, real)
 

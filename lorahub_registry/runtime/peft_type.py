@@ -7,7 +7,7 @@ never taken for the sum of its experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -25,7 +25,16 @@ from lorahub_registry.adapters.dynamic import (
     parse_dynamic,
 )
 from lorahub_registry.errors import IncompatibleAdapters, UsageError
-from lorahub_registry.runtime.fits import check_fits, take_off, withdraw
+from lorahub_registry.runtime.fits import (
+    OfFile,
+    bare,
+    check_fits,
+    injected,
+    loading,
+    ran,
+    take_off,
+    withdraw,
+)
 from lorahub_registry.runtime.flow import BASE, Flow, Generation, mixed
 from lorahub_registry.runtime.gate_layer import GateLayer
 from lorahub_registry.runtime.layers import MERGE, MixtureLayer
@@ -39,7 +48,7 @@ LORA_MIXTURE = member(PEFT_TYPE)
 
 
 @dataclass
-class MixtureConfig(PeftConfig):
+class MixtureConfig(OfFile, PeftConfig):
     """A dynamic mixture's ``adapter_config.json``.
 
     Attributes:
@@ -77,26 +86,34 @@ class MixtureModel(BaseTuner):
     tuner_layer_cls = (MixtureLayer, GateLayer)
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
-    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: nn.Module, config: Any, *args: Any, **kwargs: Any) -> None:
         kinds = {type(m).__name__ for m in model.modules() if isinstance(m, BaseTunerLayer)}
         if kinds - {"MixtureLayer", "GateLayer"}:
             raise IncompatibleAdapters(
                 "the base carries adapters of another PEFT type, and the two would be added up",
                 hint="load the mixture on a fresh base, or take the others off (model.unload())",
             )
-        super().__init__(model, *args, **kwargs)
+        # transformers' load_adapter gives no mapping, and fills the tensors in by itself.
+        self._apart = not isinstance(config, Mapping)
+        super().__init__(model, config, *args, **kwargs)
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         self._flow = flow_of(model) or Flow()
 
     def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's own; where it fails, the model is left as it was."""
-        self._dynamic = self.peft_config[adapter_name].dynamic
+        config = self.peft_config[adapter_name]
+        self._dynamic = config.dynamic
+        known = any(isinstance(m, MixtureLayer) and adapter_name in m.mixtures
+                    for m in model.modules())  # fmt: skip
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
-            withdraw(model, adapter_name)
+            if not known:
+                withdraw(model, adapter_name)
             raise
+        if not self._apart:
+            injected(model, adapter_name, config)
         if self._dynamic.sha256 is not None:
             _check_later(model, adapter_name, self._dynamic)
 
@@ -156,17 +173,14 @@ class MixtureModel(BaseTuner):
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         where = f"mixture {adapter_name!r}"
-        try:
+        with loading(model, adapter_name, _give_up):
             check_dynamic(config.dynamic, state_dict, where=where)
             found: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
                 model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
             )
             check_fits(model, adapter_name, found, where)
             check_router(config.dynamic, state_dict, where=where)
-            _checked(model, adapter_name)
-        except Exception:
-            withdraw(model, adapter_name)
-            raise
+        _checked(model, adapter_name)
         return found
 
     @contextmanager
@@ -175,6 +189,7 @@ class MixtureModel(BaseTuner):
         known = {*self.peft_config, BASE}
         if names is not None and (unknown := sorted(set(names) - known)):
             raise ValueError(f"adapter_names: no adapter is called {', '.join(unknown)}")
+        ran(self.model)
         with mixed(self._flow, names):
             yield
 
@@ -306,8 +321,13 @@ def _check_later(model: nn.Module, adapter: str, dynamic: Dynamic) -> None:
 
 def _checked(model: Any, adapter: str) -> None:
     """The mixture is known to be whole."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = bare(model)
     base._forward_pre_hooks.pop(base.__dict__.get(_WAITING, {}).pop(adapter, None), None)
+
+
+def _give_up(model: Any, adapter: str) -> None:
+    _checked(model, adapter)  # there is nothing left to check
+    withdraw(model, adapter)
 
 
 _WAITING = "_lorareg_unchecked"

@@ -20,8 +20,8 @@ from torch import nn
 
 from lorahub_registry.adapters.dynamic import Dynamic, Expert
 from lorahub_registry.adapters.mixlora import MixLora, TopK, parse_mixlora, to_config
-from lorahub_registry.errors import IncompatibleAdapters
-from lorahub_registry.runtime.fits import withdraw
+from lorahub_registry.errors import IncompatibleAdapters, UsageError
+from lorahub_registry.runtime.fits import OfFile, injected, loading, withdraw
 from lorahub_registry.runtime.layers import MixtureLayer
 from lorahub_registry.runtime.linear import is_trainable
 from lorahub_registry.runtime.mixlora_names import native_tensors, nothing_left, take
@@ -54,7 +54,7 @@ class Softmax:
 
 
 @dataclass
-class PluggedConfig(PeftConfig):
+class PluggedConfig(OfFile, PeftConfig):
     """m-LoRA's ``adapter_config.json`` of LoRAMoE or MoLA; see its keys there."""
 
     r: int = field(default=8, metadata={"help": "Of each expert."})
@@ -148,8 +148,19 @@ class PluggedModel(MixtureModel):
     tuner_layer_cls: Any = (PluggedLayer,)
 
     def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """PEFT's own; where it fails, the model is left as it was."""
-        mix = self.peft_config[adapter_name].mix
+        """PEFT's own; where it fails, the model is left as it was.
+
+        Raises:
+            UsageError: it is to be trained.
+        """
+        config = self.peft_config[adapter_name]
+        mix, known = config.mix, bool(_layers(model, adapter_name))
+        if not config.inference_mode:
+            raise UsageError(
+                f"{mix.kind} adapters run here and are not trained",
+                hint="load it to run: PeftModel.from_pretrained(base, …) without is_trainable; "
+                "training is for MixLoRA (MixLoraConfig, or method: mixlora in a plan)",
+            )
         if mix.experts.use_dora or mix.attention.use_dora:
             raise IncompatibleAdapters(
                 f"{mix.kind} with DoRA was never saved whole, and cannot be run",
@@ -159,8 +170,10 @@ class PluggedModel(MixtureModel):
         try:
             BaseTuner.inject_adapter(self, model, adapter_name, *args, **kwargs)
         except Exception:
-            withdraw(model, adapter_name)
+            if not known:
+                withdraw(model, adapter_name)
             raise
+        injected(model, adapter_name, config)
 
     def _check_target_module_exists(self, _: Any, key: str) -> bool:
         return key in self._places
@@ -216,7 +229,7 @@ class PluggedModel(MixtureModel):
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         where = f"adapter {adapter_name!r}"
-        try:
+        with loading(model, adapter_name, withdraw):
             given = native_tensors(config.mix, state_dict, where)
             found = {}
             for name, layer in _layers(model, adapter_name):
@@ -230,11 +243,9 @@ class PluggedModel(MixtureModel):
                 b = [take(given, f"{start}.lora_B.weight", where) for start in starts]
                 found[f"{name}.lora_A.{adapter_name}.weight"] = torch.cat(a)
                 found[f"{name}.lora_B.{adapter_name}.weight"] = torch.cat(b, 1)
-                layer.awaited.discard(adapter_name)
             nothing_left(model, given, found, where)
-        except Exception:
-            withdraw(model, adapter_name)
-            raise
+        for _, layer in _layers(model, adapter_name):
+            layer.awaited.discard(adapter_name)
         return found
 
 

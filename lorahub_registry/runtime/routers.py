@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from lorahub_registry.runtime.autocast import no_autocast
 from lorahub_registry.runtime.mixture import Coefficients, largest
 
 
@@ -22,7 +23,8 @@ def gate(
     if not x.dtype == weight.dtype == bias.dtype == torch.float32:
         wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
         x, weight, bias = x.to(wide), weight.to(wide), bias.to(wide)
-    logits = functional.linear(x, weight)
+    with no_autocast(x.device):
+        logits = functional.linear(x, weight)
     if temperature != 1:
         logits = logits / temperature
     return logits.softmax(-1) + bias
@@ -38,7 +40,8 @@ def arrow(
         prototypes: [E, fan_in], unit vectors; zero where an expert does not sit on the module.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    near = functional.linear(x.to(wide), prototypes.to(wide)).abs()
+    with no_autocast(x.device):
+        near = functional.linear(x.to(wide), prototypes.to(wide)).abs()
     # Who is not there has nothing to say, and takes no share.
     near = near.masked_fill(~prototypes.any(-1), float("-inf"))
     found = largest(near / temperature, top_k)

@@ -230,3 +230,48 @@ def test_the_largest_are_all_where_there_are_no_more() -> None:
 
 def test_errors_are_known() -> None:
     assert issubclass(RowsMerged, IncompatibleAdapters)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("shape", ["all", "gates", "few", "none"])
+def test_autocast_casts_the_base_alone(shape: str, grad: bool) -> None:
+    made = experts([2, 2, 2])
+    made = Experts(made.a.float(), made.b.float(), made.ranks, "m")
+    x, w = random(2, 4, 5, seed=5).float(), random(7, 5, seed=6).float()
+    values = random(2, 4, 3, seed=7).float()
+    c = {
+        "all": Coefficients(values[0, 0]), "gates": Coefficients(values), "few": largest(values, 1),
+        "none": None,
+    }[shape]  # fmt: skip
+    with torch.set_grad_enabled(grad):
+        y = torch.nn.functional.linear(x.bfloat16(), w.bfloat16())
+        wanted = made.add(y.float(), x, c).bfloat16()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = made.add(torch.nn.functional.linear(x, w), x, c)
+            whole = made.add(torch.zeros(2, 4, 7), x, c)  # what autocast left in float32
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, wanted)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(whole, made.add(torch.zeros(2, 4, 7), x, c), rtol=0, atol=0)
+
+
+def test_gates_and_arrow_are_whole_under_autocast() -> None:
+    x, w = random(2, 4, 5, seed=5).float(), random(3, 5, seed=6).float()
+    wanted = gate(x, w, w[:, 0], 1.0), arrow(x, w, 3, 1.0).values
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gate(x, w, w[:, 0], 1.0), arrow(x, w, 3, 1.0).values
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == torch.float32
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_embeddings_are_whole_under_autocast(grad: bool) -> None:
+    made = experts([2, 2])
+    made = Experts(made.a.float(), made.b.float(), made.ranks, "m")
+    ids, c = torch.tensor([[0, 3, 1]]), Coefficients(torch.tensor([0.3, 0.7]))
+    with torch.set_grad_enabled(grad):
+        wanted = made.add_embedded(torch.zeros(1, 3, 7), ids, c, 2.0)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = made.add_embedded(torch.zeros(1, 3, 7), ids, c, 2.0)
+    assert torch.equal(found, wanted)

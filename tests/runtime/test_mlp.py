@@ -198,3 +198,104 @@ def test_of_images_and_text_the_text_has_the_experts() -> None:
     assert len(names) == 2
     assert all("language_model" in name for name in names)
     assert not [name for name, _ in held.named_parameters() if "vision" in name and "lora_" in name]
+
+
+class Functional(nn.Module):
+    """Its activation is a function that nothing names."""
+
+    def __init__(self, act: Any) -> None:
+        super().__init__()
+        self.w1, self.w3 = nn.Linear(16, 24), nn.Linear(16, 24)
+        self.w2, self._act = nn.Linear(24, 16), act
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w2(self._act(self.w1(x)) * self.w3(x))
+
+
+@pytest.mark.parametrize("act", [nn.functional.silu, nn.functional.gelu])
+def test_an_activation_that_nothing_names(act: Any) -> None:
+    model = with_mlp(Functional(act))
+    model.config.hidden_act = "relu"
+    with pytest.raises(IncompatibleAdapters):  # the config names another, and that one is tried
+        found_in(model)
+    model.config.hidden_act = ""
+    [(_, mlp), _] = found_in(model)
+    assert mlp.names == ("w1", "w3", "w2")
+    x = torch.linspace(-3, 3, 48).view(2, 24)
+    torch.testing.assert_close(mlp.act(x), act(x))
+
+
+def test_lfm2_calls_silu_unnamed() -> None:
+    model = build("Lfm2", layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False)
+    names = [(name, mlp.names) for name, mlp in found_in(model)]
+    assert names == [("feed_forward", ("w1", "w3", "w2"))] * 2
+
+
+class Both(nn.Module):
+    """Attention with a feed-forward's modules: gives two things."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.act = nn.Linear(16, 24), nn.Linear(24, 16), nn.SiLU()
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.two(self.act(self.one(x))), None
+
+
+def test_what_gives_no_tensor_is_passed_over() -> None:
+    model = build("Llama")
+    for layer in model.model.layers:
+        layer.self_attn = Both()
+    assert [(name, mlp.names) for name, mlp in found_in(model)] == [("mlp", GATED)] * 2
+    config = hf.GPTBigCodeConfig(
+        n_embd=16, n_layer=1, n_head=2, n_inner=24, vocab_size=32, n_positions=32
+    )
+    [(name, mlp)] = found_in(hf.GPTBigCodeForCausalLM(config).eval())
+    assert (name, mlp.names, mlp.dropout) == ("mlp", ("c_fc", "c_proj"), "dropout")
+
+
+def dropping(kind: str, share: float) -> Any:
+    if kind == "GPT2":
+        return build("GPT2", resid_pdrop=share)
+    config = hf.Starcoder2Config(**SIZES, residual_dropout=share, use_bias=True)
+    return hf.Starcoder2ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize(("kind", "first"), [("GPT2", "c_fc"), ("Starcoder2", "c_fc")])
+def test_the_bases_own_dropout_stays(kind: str, first: str) -> None:
+    model = dropping(kind, 0.4)
+    before = torch.get_rng_state()
+    [(_, mlp), _] = found_in(model)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert mlp.dropout is not None
+    assert found_in(dropping(kind, 0.0))[0][1].dropout is None
+    said = {"r": 2, "lora_alpha": 2, "num_experts": 2, "target_modules": [first]}
+    held = get_peft_model(model, MixLoraConfig(**said, lora_dropout=0.0, jitter_noise=0.0))
+    layer = next(layers_of(held))[1]
+    x = torch.randn(4, 50, 16)
+    with torch.no_grad():
+        held.eval()
+        whole = layer(x)
+        torch.testing.assert_close(whole, layer.base_layer(x))  # B is zero
+        held.train()
+        found = layer(x)
+    gone = found == 0
+    assert 0.3 < gone.float().mean() < 0.5
+    torch.testing.assert_close(found, torch.where(gone, 0, whole / 0.6))
+
+
+class Between(Misnamed):
+    """Drops what stands between its modules."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(share)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.dropout(self.act(self.up_proj(x)) * self.gate_proj(x)))
+
+
+def test_dropout_elsewhere_is_refused() -> None:
+    with pytest.raises(IncompatibleAdapters, match=r"layers\.0\.mlp drops .*\(dropout\)"):
+        found_in(with_mlp(Between(0.3)))
+    assert found_in(with_mlp(Between(0.0)))[0][1].dropout is None

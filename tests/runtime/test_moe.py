@@ -372,3 +372,31 @@ def test_router_losses_are_those_of_moe_peft(padded: bool) -> None:
         torch.testing.assert_close(both["z"] / 0.07, peer._switch_router_z_loss_func(whole))
         top_p = peer._dynamic_load_balancing_loss_func(whole.softmax(-1), 4, 0.6, 0.0)
         torch.testing.assert_close(router_losses(layers, mix(TopP(0.6)))["aux"] / 0.3, top_p)
+
+
+def test_logits_and_losses_are_whole_under_autocast() -> None:
+    torch.manual_seed(0)
+    x, gate = torch.randn(50, 16), torch.randn(4, 16)
+    for held in (x, x.bfloat16()):
+        wanted = logits_of(held, gate)
+        losses = [router_losses([wanted], mix(routing)) for routing in (TopK(2), Switch(2))]
+        with torch.autocast("cpu", torch.bfloat16):
+            found = logits_of(held, gate)
+            again = [router_losses([found], mix(routing)) for routing in (TopK(2), Switch(2))]
+        assert found.dtype == torch.float32
+        assert torch.equal(found, wanted)
+        assert again == losses
+        assert all(each.dtype == torch.float32 for one in again for each in one.values())
+    assert logits_of(x.bfloat16(), gate.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("routing", [TopK(2), TopP(0.6), Switch(2)])
+def test_no_real_token_costs_nothing(routing: Any) -> None:
+    logits = torch.randn(6, 4, requires_grad=True)
+    found = router_losses([logits], mix(routing), torch.zeros(6, dtype=torch.bool))
+    some = router_losses([logits], mix(routing), torch.ones(6, dtype=torch.bool))
+    assert found.keys() == some.keys()
+    total = torch.stack(list(found.values())).sum()
+    assert total == 0
+    total.backward()
+    assert torch.equal(logits.grad, torch.zeros(6, 4))

@@ -42,6 +42,15 @@ def draw(tokens: int, *, dora: bool = False, dtype: torch.dtype = torch.float64)
     return Mlp(block, ("gate", "up"), "down", nn.SiLU(), True), experts, normal(tokens, WIDTH)
 
 
+def of(dtype: torch.dtype, held: Experts) -> Experts:
+    """The same in another dtype, without dropout."""
+    stacks = {
+        name: Stack(*(None if t is None else t.to(dtype) for t in (s.a, s.b, s.magnitude)))
+        for name, s in held.stacks.items()
+    }
+    return Experts(held.gate.to(dtype), stacks, held.scaling)
+
+
 def run(mlp: Mlp, experts: Experts, x: torch.Tensor, *, dropout: bool = False) -> torch.Tensor:
     chosen = route(logits_of(x, experts.gate), TopK(2))
     return combined(mlp, experts, x, chosen, dropout=dropout)
@@ -130,3 +139,71 @@ def test_norms_are_kept_while_nothing_changes() -> None:
     torch.testing.assert_close(norms_of(module, stack, 1.5), dense())
     module.weight = nn.Parameter(module.weight * 2, requires_grad=False)
     torch.testing.assert_close(norms_of(module, stack, 1.5), dense())
+
+
+def test_norms_see_edits_that_no_tensor_counts() -> None:
+    mlp, experts, _ = draw(1, dora=True)
+    module, stack = mlp.linear("up"), experts.stacks["up"]
+    for each in leaves(experts, stack.a):
+        each.requires_grad_(False)
+    before = norms_of(module, stack, 1.5)
+    for change in (stack.a, stack.b, module.weight):
+        change.data.mul_(2)
+        after = norms_of(module, stack, 1.5)
+        assert not torch.allclose(after, before)
+        torch.testing.assert_close(after, (module.weight + 1.5 * stack.b.mT @ stack.a).norm(dim=-1))
+        before = after
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_autocast_casts_the_bases_modules_alone(dora: bool) -> None:
+    """As with a base whose outputs alone are rounded."""
+    mlp, experts, x = draw(40, dora=dora, dtype=torch.float32)
+
+    class Rounded(nn.Module):
+        def __init__(self, inner: nn.Linear) -> None:
+            super().__init__()
+            self.inner, self.weight, self.bias = inner, inner.weight, inner.bias
+            self.in_features, self.out_features = inner.in_features, inner.out_features
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.inner(x)
+
+    wanted = run(mlp, experts, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(mlp, experts, x)
+    for name in mlp.names:
+        setattr(mlp.module, name, Rounded(mlp.linear(name)))
+    rounded = run(mlp, experts, x)
+    torch.testing.assert_close(found, rounded, rtol=0, atol=0)
+    assert not torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_wider_base_computes_wide(dora: bool) -> None:
+    mlp, experts, x = draw(40, dora=dora)
+    narrow = of(torch.float32, experts)
+    wide = of(torch.float64, narrow)
+    found = run(mlp, narrow, x)
+    torch.testing.assert_close(found, run(mlp, wide, x), rtol=1e-12, atol=1e-12)
+    found.sum().backward()
+    assert all(each.grad is not None for each in leaves(experts, x))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_products_by_groups_are_those_by_expert(dora: bool) -> None:
+    """Single precision takes grouped products, double does not; two experts see no token."""
+    mlp, experts, x = draw(40, dora=dora)
+    with torch.no_grad():
+        x[:, 0] = 1
+        experts.gate[2:4, 0] = -100
+    wanted = run(mlp, experts, x)
+    grads = torch.autograd.grad(wanted.sum(), leaves(experts, x))
+    mlp.module.float()
+    found = run(mlp, of(torch.float32, experts), x.float())
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+    again = torch.autograd.grad(found.sum(), leaves(experts, x))
+    for one, other in zip(again, grads, strict=True):
+        assert torch.dist(one, other) <= 1e-4 * other.norm()
+    assert run(mlp, of(torch.float32, experts), x[:0].float()).shape == (0, WIDTH)
