@@ -58,7 +58,7 @@ TRAINING: common.Json = {
     "lr_scheduler_type": "cosine",
     "warmup_ratio": 0.05,
     "batch_size": 8,
-    "max_steps": 120,
+    "max_steps": 60,
     "group_by_length": True,
 }
 THERE: dict[str, common.Json] = {

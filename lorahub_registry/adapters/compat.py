@@ -9,9 +9,10 @@ from pathlib import Path
 
 from lorahub_registry.adapters.base_files import BaseFacts
 from lorahub_registry.adapters.bases import BaseName
-from lorahub_registry.adapters.config import REFUSED
-from lorahub_registry.adapters.dynamic import PEFT_TYPE, plain_instead
+from lorahub_registry.adapters.config import CONFIG_NAME, REFUSED
+from lorahub_registry.adapters.dynamic import FOLDER, PEFT_TYPE, plain_instead
 from lorahub_registry.adapters.facts import AdapterFacts
+from lorahub_registry.adapters.mixlora import KINDS
 from lorahub_registry.errors import IncompatibleAdapters
 
 _LEAVE = "leave it out, or merge it into the base first"
@@ -69,6 +70,31 @@ def check_weights(member: Member) -> None:
         raise IncompatibleAdapters(f"{member.name}: it has no weights ({member.key})")
 
 
+def check_single(name: str, key: str, folder: Path, kind: str) -> None:
+    """Whether it is one change for all tokens, and no MixLoRA, LoRAMoE or MoLA.
+
+    Args:
+        key: what a command may call it.
+
+    Raises:
+        IncompatibleAdapters: its experts differ from token to token.
+    """
+    if kind not in KINDS:
+        return
+    sides = "stand on both sides of the activation and " if kind == "MIXLORA" else ""
+    hint = (
+        f"run it as it is: lorareg generate {key} PROMPT, or PeftModel.from_pretrained after "
+        '"import lorahub_registry.runtime"'
+    )
+    if folder.name == FOLDER and (folder.parent / CONFIG_NAME).is_file():
+        hint += f"; its plain LoRA, another model, stands beside it: {folder.parent}"
+    raise IncompatibleAdapters(
+        f"{name}: it is {kind}: its experts {sides}differ from token to token, so that it cannot "
+        "be merged, resized or summed",
+        hint=hint,
+    )
+
+
 def check_sum(members: Sequence[Member]) -> None:
     """Whether a weighted sum of deltas expresses every member exactly.
 
@@ -78,6 +104,7 @@ def check_sum(members: Sequence[Member]) -> None:
     """
     for member in members:
         config = member.facts.config
+        check_single(member.name, member.key, member.folder, config.peft_type)
         check_weights(member)
         if config.peft_type != "LORA":
             raise IncompatibleAdapters(
@@ -193,7 +220,9 @@ def _identity(member: Member, base: BaseFacts) -> str | None:
 
 def _shapes(member: Member, base: BaseFacts) -> None:
     modules = member.facts.modules
-    if base.shapes and modules and all(base.shape_of(m.name) is None for m in modules):
+    # m-LoRA's files number layers and name projections: where those are, the loaded base says.
+    named = member.facts.config.peft_type not in KINDS
+    if named and base.shapes and modules and all(base.shape_of(m.name) is None for m in modules):
         raise IncompatibleAdapters(
             f"{member.name} does not fit {base.name}: the base has no {modules[0].name}",
             hint="the adapter was made for another base",

@@ -314,7 +314,7 @@ def _routing(read: Values, strategy: str, experts: int) -> Routing:
     if strategy in {"mixlora", "mola"}:
         k = read.whole("top_k", 2, most=MAX_EXPERTS)
         if k > experts and "num_experts" in read.raw:
-            read.problems.append(f"top_k is {k}, and there are {experts} experts (num_experts)")
+            read.problems.append(f"top_k is {k}, and num_experts is {experts}")
         return TopK(k)
     if strategy == "mixlora-dynamic":
         return TopP(

@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lorahub_registry.adapters.mixlora import MixLora, to_config
+from lorahub_registry.adapters.config import CONFIG_NAME
+from lorahub_registry.adapters.dynamic import FOLDER, folder_to_run
+from lorahub_registry.adapters.facts import read_config
+from lorahub_registry.adapters.mixlora import KINDS, MixLora, to_config
 from lorahub_registry.api.output import check_output, new_folder, report_head, write_report
 from lorahub_registry.api.publish import folder_of
-from lorahub_registry.errors import UnknownRef
+from lorahub_registry.errors import IncompatibleAdapters, UnknownRef
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.registry.index import record_of_folder
 from lorahub_registry.registry.records import BaseRecord
@@ -61,7 +64,7 @@ def convert_experts(
             ``adapter_model.bin``, which is read in a child process; of any age.
         out: a new folder.
         layout: ``peft``: safetensors and today's names, which
-            ``peft.PeftModel.from_pretrained`` loads (MIXLORA) once ``lorahub_registry.runtime`` is
+            ``peft.PeftModel.from_pretrained`` loads once ``lorahub_registry.runtime`` is
             imported; it is indexed. ``mixlora``: a float32 ``adapter_model.bin``, which the
             packages ``mixlora`` and ``moe_peft`` read.
         force: replace what an earlier run wrote to ``out``.
@@ -80,6 +83,7 @@ def convert_experts(
     from lorahub_registry.weights.mixlora import read_any, write_mixlora, write_mlora
 
     source, target = folder_of(place, registry), Path(out)
+    _check_kind(place, source, Path(out), layout)
     check_output(target, force=force, made_of=[source])
     with progress.task(f"Converting {source.name}"):
         mix, tensors = read_any(source, timeout_s=timeout_s)
@@ -103,6 +107,23 @@ def convert_experts(
             )
         )
     return Converted(target, mix, len(tensors), notes)
+
+
+def _check_kind(place: str | Path, source: Path, out: Path, layout: Layout) -> None:
+    """Whether it is not the root of a mixture, whose experts are in its part that decides.
+
+    Raises:
+        IncompatibleAdapters: the plain LoRA of a MixLoRA.
+    """
+    inner = folder_to_run(source)
+    if inner == source or read_config(inner).peft_type not in KINDS:
+        return
+    kind = read_config(source).peft_type if (source / CONFIG_NAME).is_file() else "no adapter"
+    if kind not in KINDS:
+        raise IncompatibleAdapters(
+            f"{place}: here it is {kind}; the experts of the mixture are in {FOLDER}/",
+            hint=f"lorareg convert {inner} {out} --to {layout}",
+        )
 
 
 def _base(place: str | Path, source: Path, registry: Registry) -> BaseRecord | None:

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lorahub_registry.adapters.compat import check_sum
+from lorahub_registry.adapters.compat import check_single, check_sum
 from lorahub_registry.adapters.config import CONFIG_NAME
+from lorahub_registry.adapters.facts import read_config
 from lorahub_registry.adapters.tensors import file_sha256
 from lorahub_registry.api.device import streaming_device
 from lorahub_registry.api.extract import run, two_models
@@ -85,6 +86,7 @@ def dare(
 
     Raises:
         UsageError: a rate, seed or rank that is none; a device, and no LoRA to compute there.
+        IncompatibleAdapters: a MixLoRA, LoRAMoE or MoLA in place of a model.
         BaseModelError: no model there, they are of different architectures or are one, one is
             quantized or holds NaN, or a rescaled number is more than its type holds; no such
             device.
@@ -111,6 +113,11 @@ def dare(
             hint="leave --device out; a LoRA of the dropped change (--to-lora) is computed there",
         )
     check_output(out, force=force)
+    for ref in (base, tuned):
+        folder = expand(ref)
+        if (folder / CONFIG_NAME).is_file() and not (folder / "config.json").is_file():
+            # Of another adapter its reader says that it can be merged.
+            check_single(folder.name, ref, folder, read_config(folder).peft_type)
     with two_models(base, tuned, registry, progress) as (models, first, second):
         folders = [models.base.folder, models.tuned.folder]
         check_output(out, force=force, made_of=folders)

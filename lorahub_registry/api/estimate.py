@@ -120,7 +120,7 @@ def _of(order: Order, model: Any) -> dict[str, Any]:
     from lorahub_registry.train.parameters import check_start, targets
 
     plan, train = order.plan, order.splits["train"].tokens
-    more = 0
+    more, layers, experts = 0, 0, None
     try:
         if plan.method is None:
             names = targets(model, plan.lora.target_modules)
@@ -128,6 +128,13 @@ def _of(order: Order, model: Any) -> dict[str, Any]:
             mix = mix_of(plan, model)
             where = plan_of(model, mix)
             names, more = sorted(where.plain), sum(expert_sizes(mix, where).values())
+            layers = len(where.experts)
+            experts = {
+                "routing_strategy": mix.strategy,
+                "num_experts": mix.num_experts,
+                "rank": mix.experts.r,
+                "layers": layers,
+            }
         check_start(model, names, plan.lora)
     except IncompatibleAdapters as error:
         raise IncompatibleAdapters(f"{plan.name}: {error}", hint=error.hint) from None
@@ -138,7 +145,8 @@ def _of(order: Order, model: Any) -> dict[str, Any]:
     return {
         "name": plan.name,
         "rank": plan.lora.r,
-        "modules": len(names),
+        "modules": len(names) + layers,
+        "experts": experts,
         "parameters": sum(plan.lora.r * (i + o) + plan.lora.use_dora * o for i, o in shapes) + more,
         "rows": len(train.rows),
         "dropped": len(train.dropped),

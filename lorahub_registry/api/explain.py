@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lorahub_registry.adapters.base_files import BaseFacts
 from lorahub_registry.adapters.compat import Member, check_base
@@ -46,6 +46,7 @@ class Explained:
         voices: of prompt and answer.
         prompt: of a router that decides once for the whole prompt, adapter → probability, the
             likeliest first; None for others.
+        of: whose voices they are: adapters', or those of experts that have numbers alone.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Explained:
     answer: str
     voices: Voices
     prompt: dict[str, float] | None = None
+    of: Literal["adapter", "expert"] = "adapter"
 
 
 def explain(
@@ -117,7 +119,10 @@ def explain(
     spoken = loaded.tokenizer.decode(answer, skip_special_tokens=True)
     once = _for_prompt(found) if mixture and mixture.router.site == "prompt" else None
     router = mixture.router.type if mixture else "mixlora"
-    return Explained(loaded.name, router, str(spoken).strip(), found, once)
+    of: Literal["adapter", "expert"] = (
+        "expert" if experts and experts == _numbered(len(experts)) else "adapter"
+    )
+    return Explained(loaded.name, router, str(spoken).strip(), found, once, of)
 
 
 def _said(loaded: Loaded, text: str, limit: int, progress: Progress) -> tuple[list[int], list[int]]:
@@ -162,6 +167,10 @@ def _experts(folder: Path) -> tuple[str, ...]:
         names = tuple(member["name"] for member in read_results(folder.parent)["members"])
         if len(names) == count:
             return names
+    return _numbered(count)
+
+
+def _numbered(count: int) -> tuple[str, ...]:
     return tuple(f"expert {number}" for number in range(count))
 
 
@@ -169,10 +178,16 @@ def _dynamic(ref: str, folder: Path) -> Dynamic:
     """What the config of the mixture in ``folder`` says.
 
     Raises:
-        IncompatibleAdapters: its coefficients are the same everywhere.
+        IncompatibleAdapters: its coefficients are the same everywhere, or it is a LoRAMoE or MoLA.
     """
     inner = folder_to_run(folder)
     config = read_config(inner)
+    if kind := {"LORAMOE": "LoRAMoE", "MOLA": "MoLA"}.get(config.peft_type):
+        raise IncompatibleAdapters(
+            f"{ref} is {kind}: its experts, chosen among in each module, are not shown here; of "
+            "mixtures of experts MixLoRA alone is",
+            hint=f"lorareg show {ref} tells its experts and their router",
+        )
     if config.peft_type != PEFT_TYPE:
         if (folder / RESULTS_NAME).is_file() and (folder / RECIPE_NAME).is_file():
             raise IncompatibleAdapters(

@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lorahub_registry import __version__
+from lorahub_registry.adapters.mixlora import MixLora, to_config
 from lorahub_registry.api.centroids import centroid_of_rows
 from lorahub_registry.api.factory import Order, Ready
 from lorahub_registry.errors import NotApplied
@@ -115,7 +116,8 @@ def results_of(
         dora = plan.method.expert_lora.use_dora
         mixes = "MixDoRA" if (lora.use_dora if dora is None else dora) else "MixLoRA"
         rest = [name for name in ("rsLoRA", "LoRA+") if kinds[name]]
-        method = " ".join([mixes, *rest])
+        _, _, how = plan.method.routing_strategy.partition("-")
+        method = " ".join([mixes, *([f"({how})"] if how else []), *rest])
     notes = [*order.notes, *risen(at.loss)]
     if run.reduced:
         notes.append(f"memory ran out {len(run.reduced)} times, and fewer adapters went together")
@@ -130,7 +132,7 @@ def results_of(
         "seq2seq": base.seq2seq,
         "method": f"Q{method}" if factory.quantization and method == "LoRA" else method,
         "lora": lora.model_dump(mode="json"),
-        "experts": plan.method and plan.method.model_dump(mode="json", exclude_none=True),
+        "experts": _experts(learner.parameters.mix) if plan.method else None,  # type: ignore[attr-defined]
         "training": plan.training.model_dump(mode="json"),
         "quantization": factory.quantization,
         "objective": plan.data.train.objective,
@@ -160,6 +162,19 @@ def results_of(
         },
         "device": str(base.device.type),
         "dtype": str(base.model.dtype).removeprefix("torch."),
+    }
+
+
+def _experts(mix: MixLora) -> dict[str, Any]:
+    """What experts there are and who chooses among them, everything said."""
+    said = to_config(mix)
+    keys = ("routing_strategy", "num_experts", "top_k", "top_p", "expert_capacity", "ffn_dropout")
+    coefficients = ("router_loss", "router_aux_loss_coef", "router_init_range", "jitter_noise")
+    return {
+        **{key: said[key] for key in keys if key in said},
+        **({"act_fn": mix.act_fn} if mix.act_fn else {}),
+        **{key: getattr(mix, key) for key in coefficients},
+        "expert_lora": asdict(mix.experts),
     }
 
 

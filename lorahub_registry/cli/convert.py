@@ -62,9 +62,9 @@ def convert(
     timeout_s: float,
     out: Output,
 ) -> None:
-    """Write safetensors beside a pickled adapter_model.bin.
+    """Make safetensors of a pickle, or MixLoRA and its kin anew (--to).
 
-    The pickle is read in a child process that builds tensors and nothing else, bounded in time
+    Alone, it writes safetensors beside a pickled adapter_model.bin. The pickle is read in a child process that builds tensors and nothing else, bounded in time
     and memory. No other command reads one.
 
     With --gate, published LoRA-Flow gates and their adapters become a mixture that chooses token
@@ -73,9 +73,9 @@ def convert(
     the task. Quiet prints the folder.
 
     With --to, a MixLoRA, LoRAMoE or MoLA adapter is written to DEST in another layout. peft is
-    safetensors under today's names, which PeftModel.from_pretrained loads (MixLoRA) after
-    "import lorahub_registry.runtime"; mixlora is the adapter_model.bin that the packages mixlora
-    and moe_peft read. Either layout is taken, of any age; see docs/mixlora.md.
+    safetensors under today's names, which PeftModel.from_pretrained loads, all three of them,
+    after "import lorahub_registry.runtime"; mixlora is the adapter_model.bin that the packages
+    mixlora and moe_peft read. Either layout is taken, of any age; see docs/mixlora.md.
 
     \b
     Examples:

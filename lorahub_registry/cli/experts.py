@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from lorahub_registry.adapters.config import CONFIG_NAME
+from lorahub_registry.adapters.dynamic import FOLDER
+from lorahub_registry.adapters.facts import read_config, read_facts
 from lorahub_registry.adapters.mixlora import (
     KINDS,
     LoraPart,
@@ -15,21 +20,40 @@ from lorahub_registry.adapters.mixlora import (
     parse_mixlora,
 )
 from lorahub_registry.adapters.mixlora_keys import INWARD, OUTWARD
-from lorahub_registry.errors import BrokenAdapter
+from lorahub_registry.errors import AdapterError
 from lorahub_registry.registry.records import AdapterRecord
 
 Modules = Sequence[Mapping[str, Any]]
 
 
 def facts(record: AdapterRecord) -> dict[str, Any] | None:
-    """What ``show --json`` holds of experts; None where an adapter has none."""
-    if record.peft_type not in KINDS:
-        return None
+    """What ``show --json`` holds of experts; None where an adapter has none.
+
+    Of a composed mixture whose record is its plain LoRA's they are those of the part that decides.
+    """
     try:
-        mix = parse_mixlora(record.config, record.name)
-    except BrokenAdapter as error:  # indexed by a version that did not look
+        if record.peft_type in KINDS:
+            return of_mix(parse_mixlora(record.config, record.name), record.modules)
+        return _inside(record)
+    except AdapterError as error:  # indexed by a version that did not look, or changed since
         return {"problem": str(error)}
-    return of_mix(mix, record.modules)
+
+
+def _inside(record: AdapterRecord) -> dict[str, Any] | None:
+    """What the part that decides says, where it is here and a MixLoRA."""
+    if record.local_path is None:
+        return None
+    folder = Path(record.local_path) / FOLDER
+    if not (folder / CONFIG_NAME).is_file():
+        return None
+    config = read_config(folder)
+    if config.peft_type not in KINDS:
+        return None
+    modules = [asdict(module) for module in read_facts(folder).modules]
+    return of_mix(
+        parse_mixlora(config.raw, str(folder)),
+        [{**module, "in": module["fan_in"], "out": module["fan_out"]} for module in modules],
+    )
 
 
 def of_mix(mix: MixLora, modules: Modules = ()) -> dict[str, Any]:
@@ -53,7 +77,7 @@ def of_mix(mix: MixLora, modules: Modules = ()) -> dict[str, Any]:
         "router_aux_loss_coef": mix.router_aux_loss_coef,
         "act_fn": mix.act_fn,
         "experts": _part(mix.experts),
-        "attention": None if mix.kind == "MOLA" else _part(mix.attention),
+        "attention": _part(mix.attention) if _attends(mix, modules) else None,
         "hidden_size": hidden,
         "intermediate_size": inner,
         "layers": len({_layer(m) for m in modules}) or None,
@@ -86,8 +110,9 @@ def told(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("experts", f"{found['num_experts']}{layers}; {_settings(found['experts'])}"),
         ("router", f"{found['routing_strategy']}: {_chooses(found)}"),
         ("router loss", loss),
-        ("attention", _settings(attention) if attention else "experts there, too"),
     ]
+    if attention or found["routing_strategy"] == "mola":
+        rows.append(("attention", _settings(attention) if attention else "experts there, too"))
     widths = {"hidden": found["hidden_size"], "feed-forward": found["intermediate_size"]}
     if said := ", ".join(f"{name} {width}" for name, width in widths.items() if width):
         rows.append(("base's size", said))
@@ -108,6 +133,15 @@ def _chooses(found: Mapping[str, Any]) -> str:
             f"{found['expert_capacity']} tokens of a sequence (expert_capacity)"
         )
     return "all of them, weighted by a softmax"
+
+
+def _attends(mix: MixLora, modules: Modules) -> bool:
+    """Whether plain LoRA is in the attention: by the modules, or else by the config."""
+    if mix.kind == "MOLA":
+        return False
+    if modules:
+        return any(".self_attn." in str(module["name"]) for module in modules)
+    return not set(mix.target_modules) <= INWARD | OUTWARD
 
 
 def _part(part: LoraPart) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def explain(
         first = max(facts["adapters"], key=lambda one: one["loudest_at"])
         out.record(facts, "", quiet=clean(first["name"]))
         return
-    show(found.voices, layers)
+    show(found.voices, layers, found.of)
 
 
 def _layers(voices: Voices, wanted: str) -> list[str]:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from lorahub_registry.adapters.config import CONFIG_NAME
 from lorahub_registry.cli.output import Output, size, with_output
+from lorahub_registry.errors import UnknownRef
+from lorahub_registry.refs import expand
+
+if TYPE_CHECKING:
+    from lorahub_registry.registry.records import StoredAdapter
+    from lorahub_registry.registry.store import Registry
 
 
 def _scores(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:
@@ -33,7 +40,9 @@ def _scores(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> d
 @click.option("--rank", help="Its rank: 16, 8..64, 8.. or ..64.")
 @click.option("--targets", multiple=True, help="A module that it adapts; may be repeated.")
 @click.option("--license", "license_", help="Its licence, as the Hub names it.")
-@click.option("--peft-type", help="Its kind, as PEFT names it: LORA, IA3, …")
+@click.option("--peft-type",
+              help="Its kind, as PEFT names it (LORA, IA3, …), or one of lorareg's own: MIXLORA, "
+              "LORAMOE, MOLA, LORA_MIXTURE.")  # fmt: skip
 @click.option(
     "--min-score", multiple=True, callback=_scores, metavar="TASK=NUMBER",
     help="A score that it must reach; may be repeated.",
@@ -155,7 +164,7 @@ def show(ref: str, with_weights: bool, figure: Path | None, out: Output) -> None
 
             stored = read(ref, registry=registry, progress=out)
         else:
-            stored = registry.get(ref)
+            stored = _known(ref, registry)
         used_in = [m.record.name for m in registry.mixtures_of(stored.id)]
         known, text = facts(stored, used_in), page(stored, used_in)
         if not stored.id:
@@ -175,6 +184,17 @@ def show(ref: str, with_weights: bool, figure: Path | None, out: Output) -> None
     out.record(known, text, quiet=short_ref(stored))
     if figure is not None:
         out.done(f"drawn to {figure}")
+
+
+def _known(ref: str, registry: Registry) -> StoredAdapter:
+    """What is registered under ``ref``; of a folder that is here, how to have it registered."""
+    try:
+        return registry.get(ref)
+    except UnknownRef as error:
+        folder = expand(ref)
+        if not folder.is_dir() or ("/" not in ref and not (folder / CONFIG_NAME).is_file()):
+            raise
+        raise UnknownRef(str(error), hint=f"it is on this machine: lorareg add {ref}") from None
 
 
 @click.command()

@@ -151,7 +151,8 @@ def proof_page(results: dict[str, Any]) -> str:
             text += f"±{error:7.4f}" if error is not None else " " * 8
             lines.append(text + (f"  {row['exact_match']:5.1%}" if exact else ""))
         lines += [f"on {results['test'][0]['n']} held-out rows of {clean(results['task'])}", ""]
-        lines.append(f"{results['name']} {results['verdict']['text']}")
+        verb = "" if results["verdict"]["win"] else "is "  # a win says "beats"
+        lines.append(f"{results['name']} {verb}{results['verdict']['text']}")
     return "\n".join(lines)
 
 

@@ -133,6 +133,7 @@ def page(stored: StoredAdapter, used_in: list[str]) -> str:
     kinds = [name for name, on in (("rsLoRA", record.use_rslora), ("DoRA", record.use_dora)) if on]
     kind = " ".join([record.peft_type, *kinds, record.task_type or ""]).strip()
     plain = _decides(record)
+    inside = [_line(title, text) for title, text in experts.lines(record)]
     ranks = ", ".join(f"{rank} in {n} modules" for rank, n in record.ranks.items())
     lines = [
         _line("adapter", stored.ref),
@@ -140,9 +141,10 @@ def page(stored: StoredAdapter, used_in: list[str]) -> str:
         _line("base", f"{clean(record.base.name) or '-'}{how}"),
         _line("kind", f"{kind} (a plain LoRA with fixed coefficients)" if plain else kind),
         _line("dynamic", _dynamic(record)),
+        *(inside if plain else []),
         _line("rank", ranks or record.rank),
         _line("alpha", record.alpha),
-        *[_line(title, text) for title, text in experts.lines(record)],
+        *([] if plain else inside),
         _line("targets", ", ".join(record.targets)),
         _line("tensors", _tensors(stored)),
         _line("digest", record.digest),

@@ -116,9 +116,16 @@ def _plan_page(facts: dict[str, Any]) -> str:
     wide = max(len(clean(a["name"])) for a in facts["adapters"])
     for adapter in facts["adapters"]:
         dropped = f" ({adapter['dropped']} left out)" if adapter["dropped"] else ""
+        experts = adapter["experts"]
+        inside = ""
+        if experts:
+            inside = (
+                f" ({experts['routing_strategy']}: {experts['num_experts']} experts of rank "
+                f"{experts['rank']} in {experts['layers']} of them)"
+            )
         lines.append(
             f"adapter   {clean(adapter['name']):<{wide}}  rank {adapter['rank']:<4} "
-            f"{adapter['modules']} modules, {adapter['parameters']:,} parameters; "
+            f"{adapter['modules']} modules{inside}, {adapter['parameters']:,} parameters; "
             f"{adapter['rows']} rows{dropped}, {adapter['steps']} steps, "
             f"{adapter['tokens']:,} tokens"
         )

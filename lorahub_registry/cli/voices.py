@@ -43,11 +43,12 @@ def _context(voices: Voices, at: int | None) -> str | None:
     return None if at is None else "".join(voices.tokens[: at + 1])[-_BEFORE:]
 
 
-def show(voices: Voices, layers: Sequence[str] | None) -> None:
+def show(voices: Voices, layers: Sequence[str] | None, of: str = "adapter") -> None:
     """Print the text, coloured where the terminal can, and the tables.
 
     Args:
         layers: whose coefficients; None: the mean over all.
+        of: what has them.
     """
     from rich.console import Console
 
@@ -65,7 +66,7 @@ def show(voices: Voices, layers: Sequence[str] | None) -> None:
     else:
         _runs(voices, chosen)
     click.echo(f"\nCoefficients, {what}:\n")
-    head = ["ADAPTER", "LOUDEST AT", "MEAN", "LOWEST", "AFTER", "HIGHEST", "AFTER"]
+    head = [of.upper(), "LOUDEST AT", "MEAN", "LOWEST", "AFTER", "HIGHEST", "AFTER"]
     body = [
         [
             clean(one["name"]), f"{one['loudest_at']} of {len(chosen)}", _number(one["mean"]),

@@ -18,6 +18,14 @@ ERRORS = 2.0
 BASE, UNIFORM, MIXTURE = "base", "uniform average", "mixture"
 STATIC, PLAIN = "learned static coefficients", "plain LoRA with mean coefficients"
 
+_LEARN = "method: {type: learn, optimizer: gradient, l1: 0"
+RECIPES = {
+    f"{STATIC} (per model)": f"{_LEARN}}}",
+    f"{STATIC} (per layer)": f"{_LEARN}, per: layer_group, layer_groups: 256}}",
+    f"{STATIC} (per module)": f"{_LEARN}, per: module}}",
+}
+"""Learned static coefficients, as the table names them → what of a recipe makes them."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -76,7 +84,8 @@ def _judge_dynamic(scores: Mapping[str, RowNLL], singles: list[str]) -> Verdict:
         text += _no_better(scores, words)
         return Verdict(True, against, difference, stderr, text)
     how = "worse" if difference > ERRORS * stderr else "no better"
-    text = f"{how} than {use}: use {use} ({_signed(difference, stderr)})"
+    made = f", which {RECIPES[against]} makes" if against in RECIPES else ""
+    text = f"{how} than {use}: use {use}{made} ({_signed(difference, stderr)})"
     return Verdict(False, against, difference, stderr, text)
 
 

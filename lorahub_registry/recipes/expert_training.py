@@ -41,7 +41,10 @@ class MixLoraTraining(Strict):
         "(mixlora-switch).",
     )
     top_k: Int | None = Field(
-        default=None, ge=1, description="mixlora: experts of a token; default 2."
+        default=None,
+        ge=2,
+        description="mixlora: experts of a token; default 2. One alone would have the weight 1 "
+        "whatever the router says, which then learns nothing from the rows.",
     )
     top_p: Float | None = Field(
         default=None, gt=0, le=1, description="mixlora-dynamic: what they make up; default 0.8."
@@ -87,6 +90,6 @@ class MixLoraTraining(Strict):
             for key in keys:
                 if strategy != self.routing_strategy and getattr(self, key) is not None:
                     raise ValueError(f"{key} is of routing_strategy: {strategy}")
-        if (self.top_k or 2) > self.num_experts and self.routing_strategy == "mixlora":
-            raise ValueError(f"top_k is {self.top_k}, and there are {self.num_experts} experts")
+        if (self.top_k or 2) > self.num_experts:
+            raise ValueError(f"top_k is {self.top_k}, of {self.num_experts} experts")
         return self

@@ -190,6 +190,12 @@ class AdapterPlan(Strict):
                 f"init_lora_weights: {self.lora.init_lora_weights} takes a part out of the base, "
                 "which experts share: use true or gaussian"
             )
+        switch = self.method is not None and self.method.routing_strategy == "mixlora-switch"
+        if switch and self.training.packing:
+            raise ValueError(
+                "packing does not go with mixlora-switch, which counts the tokens of each row: "
+                "use group_by_length"
+            )
         return self
 
 

@@ -13,6 +13,7 @@ from lorahub_registry.recipes.conflicts import Conflict, Path
 from lorahub_registry.recipes.entries import RefEntry, SearchEntry
 from lorahub_registry.recipes.fields import did_you_mean
 from lorahub_registry.recipes.methods import METHODS
+from lorahub_registry.recipes.mixlora import MixLora
 from lorahub_registry.recipes.model import Recipe
 
 
@@ -66,6 +67,11 @@ def problem(error: ErrorDetails, data: Any, grammar: Grammar = RECIPE) -> Confli
 
 def _unknown_key(key: str, model: type[BaseModel] | None, grammar: Grammar) -> str:
     known = [*(model.model_fields if model else ()), *grammar.more.get(model, ())]
+    if model is MixLora and key in {"routing_strategy", "num_experts"}:
+        return (
+            "unknown key; in a recipe the experts are the adapters, and routing is top_k; "
+            "routing_strategy and num_experts are a factory's"
+        )
     places = [where for where, other in grammar.sections.items() if key in other.model_fields]
     if places:
         return f"unknown key; it stands {places[0]}"

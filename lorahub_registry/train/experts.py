@@ -21,9 +21,8 @@ from lorahub_registry.recipes.expert_training import MixLoraTraining
 from lorahub_registry.recipes.factory import AdapterPlan
 from lorahub_registry.recipes.training import ALL_LINEAR, LoraOptions
 from lorahub_registry.runtime.grouped_experts import LayerExperts
-from lorahub_registry.runtime.linear import fans, is_trainable, weight_of
-from lorahub_registry.runtime.mixlora_plan import adapted, expert_sizes, plan_of
-from lorahub_registry.runtime.mlp import decoder_layers
+from lorahub_registry.runtime.linear import fans, weight_of
+from lorahub_registry.runtime.mixlora_plan import adapted, all_linear, expert_sizes, plan_of
 from lorahub_registry.runtime.moe import Experts, Stack
 from lorahub_registry.train.parameters import Parameters
 
@@ -56,7 +55,9 @@ def mix_of(plan: AdapterPlan, model: Any) -> MixLora:
         routing=routing,
         attention=outer,
         experts=replace(outer, **own),
-        target_modules=_names(model, lora.target_modules),
+        target_modules=all_linear(model)
+        if lora.target_modules == ALL_LINEAR
+        else tuple(sorted(lora.target_modules)),
         act_fn=method.act_fn,
         router_loss=method.router_loss,
         router_aux_loss_coef=method.router_aux_loss_coef,
@@ -107,7 +108,7 @@ class ExpertParameters(Parameters):
                     magnitude.data.copy_(weight_of(mlp.linear(proj)).norm(dim=1))
                 stacks[proj] = Stack(a, b, magnitude)
             experts = Experts(gate, stacks, mix.experts.scaling, mix.experts.lora_dropout)
-            self.experts[name] = LayerExperts(index, mlp, experts, mix)
+            self.experts[name] = LayerExperts(index, mlp.acting(mix.act_fn), experts, mix)
 
     def native(self) -> dict[str, torch.Tensor]:
         """Its tensors by m-LoRA's names, float32 on the CPU."""
@@ -143,15 +144,6 @@ def _routing(method: MixLoraTraining) -> Routing:
     if method.routing_strategy == "mixlora-switch":
         return Switch(method.expert_capacity or 32, _or(method.ffn_dropout, 0.0))
     return TopK(method.top_k or 2)
-
-
-def _names(model: Any, wanted: tuple[str, ...] | str) -> tuple[str, ...]:
-    """The last parts of the names of what has LoRA."""
-    if wanted != ALL_LINEAR:
-        return tuple(sorted(wanted))
-    _, layers = decoder_layers(model)
-    linear = (n for layer in layers for n, m in layer.named_modules() if is_trainable(m))
-    return tuple(sorted({name.rpartition(".")[2] for name in linear}))
 
 
 def _draw(a: torch.Tensor, lora: LoraOptions, rank: int, generator: torch.Generator) -> None:

@@ -216,7 +216,10 @@ def _notes(mix: MixLora) -> list[str]:
     if mix.task_type not in {None, "CAUSAL_LM", "QUESTION_ANS"}:
         alone.append(f"task_type {mix.task_type}")
     alone += [name for name in mix.target_modules if name in _NEWER]
-    return [f"moe_peft reads it, mixlora does not: {what}" for what in alone]
+    return [
+        f"load it with the package moe_peft: the package mixlora does not read {what}"
+        for what in alone
+    ]
 
 
 def _write_config(folder: Path, config: Mapping[str, Any]) -> None:

@@ -58,7 +58,8 @@ def test_it_prints_coefficients_the_table_and_the_verdict_on_stdout(lorareg, kit
         assert name in shown
     # "test.jsonl" alone says nothing of the task, so it has the recipe's name.
     assert "on 10 held-out rows of blend" in done.lines
-    assert done.lines[-1] == f"blend {results['verdict']['text']}"
+    verb = "" if results["verdict"]["win"] else "is "
+    assert done.lines[-1] == f"blend {verb}{results['verdict']['text']}"
     assert done.err == f"✓ written to {kitchen.out}\n"
 
 

@@ -45,7 +45,8 @@ def test_it_is_composed_shown_and_registered(method, lorareg, kitchen):
                  "learned static coefficients (per model)", "plain LoRA with mean coefficients",
                  f"learned static coefficients (per {apart})"):  # fmt: skip
         assert name in shown
-    assert done.lines[-1] == f"blend {results['verdict']['text']}"
+    verb = "" if results["verdict"]["win"] else "is "
+    assert done.lines[-1] == f"blend {verb}{results['verdict']['text']}"
     written = [name for name in tree(kitchen.out) if not name.endswith(".png")]
     assert written == sorted([*FILES, "dynamic"])
     stored = lorareg("show", "blend", "--json").json

@@ -39,14 +39,42 @@ def test_it_is_composed_shown_and_registered(lorareg, kitchen):
                  "learned static coefficients (per model)", "plain LoRA with mean coefficients",
                  "learned static coefficients (per layer)"):  # fmt: skip
         assert name in shown
-    assert done.lines[-1] == f"blend {results['verdict']['text']}"
+    verb = "" if results["verdict"]["win"] else "is "
+    assert done.lines[-1] == f"blend {verb}{results['verdict']['text']}"
     assert [name for name in tree(kitchen.out) if name != "gates.png"] == sorted(
         [*FILES, "dynamic"]
     )
     assert (kitchen.out / "gates.png").read_bytes().startswith(b"\x89PNG")
     stored = lorareg("show", "blend", "--json").json
     assert stored["mixture"]["method"] == "mixlora"
-    assert "the mixture itself is in dynamic/" in lorareg("show", "blend").out
+    page = lorareg("show", "blend").out
+    assert "the mixture itself is in dynamic/" in page
+    assert "\nexperts     2 in 2 of 2 layers; rank " in page
+    assert "\nrouter      mixlora: the 2 likeliest of each token (top_k)" in page
+    assert stored["experts"].items() >= {"num_experts": 2, "top_k": 2, "layers": 2}.items()
+    # Without its part that decides it is the plain LoRA that its config says.
+    (kitchen.out / "dynamic" / "adapter_config.json").unlink()
+    assert lorareg("show", "blend", "--json").json["experts"] is None
+
+
+def test_its_plain_lora_is_not_taken_for_it(lorareg, composed):
+    inner = composed.out / "dynamic"
+    words = ("--base", composed.tiny.folder, "--out")
+    done = lorareg("merge", "--adapter", "blend", *words, "merged")
+    [said] = [line for line in done.err.splitlines() if "another model than" in line]
+    assert "blend: what is merged is its plain LoRA with fixed coefficients" in said
+    [note] = json.loads((composed / "merged" / "lorareg.json").read_text())["notes"]
+    assert note in said
+    done = lorareg("merge", "--adapter", "plain", *words, "alone")
+    assert "another model than" not in done.err
+    said = lorareg.fails("merge", "--adapter", inner, *words, "no")
+    assert f"its plain LoRA, another model, stands beside it: {composed.out}" in said
+    for layout in ("mixlora", "peft"):
+        said = lorareg.fails("convert", composed.out, "new", "--to", layout)
+        assert "here it is LORA; the experts of the mixture are in dynamic/" in said
+        assert f"Hint: lorareg convert {inner} new --to {layout}" in said
+    lorareg("convert", inner, "new", "--to", "mixlora")
+    assert "Hint" not in lorareg.fails("convert", composed / "loras/plain", "x", "--to", "mixlora")
 
 
 def test_the_card_tells_loads_entropy_and_the_dead(lorareg, composed):
@@ -110,6 +138,7 @@ def test_load_generate_and_explain_take_the_one_that_decides(lorareg, composed):
     assert list(found["layers"]) == ["model.layers.0", "model.layers.1"]
     for token in found["tokens"]:
         assert sum(token["coefficients"].values()) == pytest.approx(1)
+    assert "\nADAPTER " in lorareg("explain", "blend", "ab cd", "--max-new-tokens", "0").out
     layer = lorareg("explain", "blend", "ab cd", "--layer", "1", *options).json
     assert layer["layer"] == ["model.layers.1"]
     assert "no layer with adapters is called so" in lorareg.fails(
@@ -120,6 +149,8 @@ def test_load_generate_and_explain_take_the_one_that_decides(lorareg, composed):
     (composed.out / "results.json").unlink()
     alone = lorareg("explain", composed.out / "dynamic", "ab", "--base", "tiny-llama", "--json")
     assert [one["name"] for one in alone.json["adapters"]] == ["expert 0", "expert 1"]
+    words = (composed.out / "dynamic", "ab", "--base", "tiny-llama", "--max-new-tokens", "0")
+    assert "\nEXPERT " in lorareg("explain", *words).out
 
 
 def test_the_weights_that_are_told_are_the_router_s(lorareg, composed):

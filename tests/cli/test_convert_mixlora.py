@@ -68,6 +68,63 @@ def test_each_router_is_told_to_people_and_programs(lorareg, tmp_path, strategy,
     assert (found["hidden_size"], found["intermediate_size"], found["layers"]) == (32, 48, 2)
 
 
+@pytest.mark.parametrize("strategy", ["mixlora", "loramoe"])
+def test_without_attention_tensors_nothing_is_said_of_them(lorareg, tmp_path, strategy):
+    source = checkpoint(tmp_path / "mine", strategy, targets=("gate_proj", "up_proj", "down_proj"))
+    lorareg("add", tmp_path)
+    assert "attention" not in says(lorareg("show", "mine").out)
+    assert lorareg("show", "mine", "--json").json["experts"]["attention"] is None
+    done = lorareg("convert", source, tmp_path / "new", "--to", "peft")
+    assert "attention" not in says(done.out)
+    assert "experts" in says(done.out)
+
+
+def test_a_folder_that_is_not_registered_is_added_not_pulled(lorareg, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint(tmp_path / "out" / "mine")
+    for place in ("out/mine", "./out/mine", str(tmp_path / "out" / "mine")):
+        said = lorareg.fails("show", place)
+        assert f"Hint: it is on this machine: lorareg add {place}\n" in f"{said}\n"
+    assert "fetch it with: lorareg pull out/other" in lorareg.fails("show", "out/other")
+    # A folder of that name alone may be another thing.
+    assert "lorareg add, pull or sync" in lorareg.fails("show", "out")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "kind", "why"),
+    [
+        ("mixlora", "MIXLORA", "its experts stand on both sides of the activation and differ from"),
+        ("loramoe", "LORAMOE", "its experts differ from token to token"),
+        ("mola", "MOLA", "its experts differ from token to token"),
+    ],
+)
+def test_experts_cannot_be_summed_and_the_way_out_is_told(lorareg, kitchen, strategy, kind, why):
+    mine = checkpoint(kitchen / "mine", strategy, base_model_name_or_path="tiny-llama")
+    base = kitchen.tiny.folder
+    for words in (
+        ("resize", mine, "--rank", "2", "--out", "no"),
+        ("merge", "--base", base, "--adapter", mine, "--out", "no"),
+        ("dare", "--adapter", mine, "--out", "no"),
+        ("dare", "--base", base, "--tuned", mine, "--out", "no"),
+        ("compose", kitchen.recipe(adapters=["./loras/plain", "./mine"])),
+    ):
+        said = lorareg.fails(*words)
+        assert f"mine: it is {kind}: {why}" in said
+        assert f"Hint: run it as it is: lorareg generate {mine} PROMPT" in said
+        assert "lorahub_registry.runtime" in said
+        assert "lorareg merge" not in said
+    assert "lorareg merge" in lorareg.fails(
+        "dare", "--base", base, "--tuned", kitchen / "loras/plain", "--out", "no"
+    )
+
+
+@pytest.mark.parametrize(("strategy", "kind"), [("loramoe", "LoRAMoE"), ("mola", "MoLA")])
+def test_what_explain_does_not_show_is_called_by_its_name(lorareg, tmp_path, strategy, kind):
+    said = lorareg.fails("explain", checkpoint(tmp_path / "mine", strategy), "ab")
+    assert f"mine is {kind}: its experts, chosen among in each module, are not shown here" in said
+    assert "as loud" not in said
+
+
 def test_other_adapters_have_no_experts(lorareg, tiny_llama):
     lorareg("add", tiny_llama.adapter("plain"))
     assert lorareg("show", "plain", "--json").json["experts"] is None
@@ -99,7 +156,7 @@ def test_what_does_not_fit_is_left_out_by_name(lorareg, tmp_path):
     checkpoint(tmp_path / "worse", top_k=9, pickled=True)
     done = lorareg("add", tmp_path)
     assert "num_experts says 8, and the tensors have 4 experts" in done.err
-    assert "top_k is 9, and there are 4 experts" in done.err
+    assert "top_k is 9, and num_experts is 4" in done.err
     assert [line.split()[0] for line in done.lines[1:]] == ["good"]
 
 
@@ -146,7 +203,7 @@ def test_a_first_checkpoint_becomes_todays_and_goes_back(lorareg, pickles, tmp_p
 def test_every_kind_goes_both_ways(lorareg, tmp_path, strategy):
     source = checkpoint(tmp_path / "a", strategy)
     there = lorareg("convert", source, tmp_path / "b", "--to", "mixlora")
-    assert f"moe_peft reads it, mixlora does not: routing_strategy {strategy}" in there.err
+    assert f"the package mixlora does not read routing_strategy {strategy}" in there.err
     assert lorareg("convert", tmp_path / "b", tmp_path / "c", "--to", "peft", "-q").lines == [
         str(tmp_path / "c")
     ]

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import yaml
 
+from lorahub_registry.compose.rivals import rival_name
 from lorahub_registry.compose.verdict import PLAIN, judge
 from lorahub_registry.evaluate.nll import RowNLL
+from lorahub_registry.recipes.learned import Learn
+from lorahub_registry.recipes.routed import Arrow, LoraFlow
 
 ROWS = 100
 NOISE = torch.randn(ROWS, generator=torch.Generator().manual_seed(0)).double()
@@ -123,21 +127,34 @@ def test_it_does_not_win_by_beating_single_adapters_alone(
 ) -> None:
     found = judge(decides(at(1.4, 0.2), **changed), ["zog", "arr"])
     assert (found.win, found.against) == (False, against)
-    assert found.text == (
-        f"no better than the {against}: use the {against} (its NLL is 0.010 ± 0.020 lower)"
-    )
+    use = f"the {against}"
+    assert found.text.startswith(f"no better than {use}: use {use}")
+    assert found.text.endswith(" (its NLL is 0.010 ± 0.020 lower)")
+    assert ("which method" in found.text) == (against == STATIC)
 
 
 def test_what_is_certainly_worse_is_called_worse() -> None:
     found = judge(decides(at(1.5, 0.2)), ["zog", "arr"])
     assert not found.win
     assert found.text == (
-        f"worse than the {STATIC}: use the {STATIC} (its NLL is 0.050 ± 0.020 higher)"
+        f"worse than the {STATIC}: use the {STATIC}, which method: {{type: learn, optimizer: "
+        "gradient, l1: 0, per: layer_group, layer_groups: 256} makes (its NLL is 0.050 ± 0.020 "
+        "higher)"
     )
     assert judge(decides(at(1.48, 0.2)), ["zog", "arr"]).text.startswith("no better than the l")
     assert judge(decides(at(1.9), static=1.8), ["zog", "arr"]).text.startswith("worse than arr: u")
     base = decides(at(1.4)) | {"base": at(1.2)}
     assert judge(base, ["zog", "arr"]).text.startswith("worse than the base: use the base (its")
+
+
+def test_static_coefficients_are_named_with_the_recipe_that_makes_them() -> None:
+    for method in (LoraFlow, Arrow):
+        for learn in method().rivals:
+            name = rival_name(learn)
+            found = judge(scores(at(1.5)) | {name: at(1.4), PLAIN: at(1.6)}, ["zog", "arr"])
+            assert f"worse than the {name}: use the {name}, which method: {{" in found.text
+            said = found.text.partition("which ")[2].partition(" makes (")[0]
+            assert Learn.model_validate(yaml.safe_load(said)["method"]) == learn
 
 
 def test_a_noisy_one_that_is_not_the_best_is_named_beside_the_win() -> None:

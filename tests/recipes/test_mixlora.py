@@ -50,6 +50,12 @@ def test_what_is_given_is_read_and_written_again() -> None:
         ("{type: mixlora, train_experts: 1}", "method.train_experts: needs true or false, got 1"),
         ("{type: mixlora, training: {packing: true}}", "method.training.packing: unknown key"),
         ("{type: mixlora, experts: 3}", "method.experts: unknown key"),
+        (
+            "{type: mixlora, routing_strategy: mixlora}",
+            "method.routing_strategy: unknown key; in a recipe the experts are the adapters, and "
+            "routing is top_k",
+        ),
+        ("{type: mixlora, num_experts: 4}", "num_experts are a factory's"),
     ],
 )
 def test_what_cannot_be_is_told_with_its_line(method: str, said: str) -> None:

@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch.nn import functional
 
-from lorahub_registry.errors import IncompatibleAdapters
+from lorahub_registry.errors import BrokenAdapter, IncompatibleAdapters
 from lorahub_registry.evaluate.tokens import IGNORED, one_batch
 from lorahub_registry.recipes.factory import AdapterPlan
+from lorahub_registry.runtime.grouped_experts import seeded
 from lorahub_registry.runtime.mixlora import MixLoraConfig
 from lorahub_registry.runtime.mixlora_names import from_native
 from lorahub_registry.train.experts import ExpertParameters
@@ -25,7 +27,7 @@ KINDS = [
     {"lora": {"r": 4}},
     {"method": TOP_P, "lora": {"use_dora": True}, "batch_size": 3},
     {"method": SWITCH},
-    {"method": {"jitter_noise": 0.05, "top_k": 1, "expert_lora": {"r": 2, "use_rslora": True}}},
+    {"method": {"jitter_noise": 0.05, "top_k": 3, "expert_lora": {"r": 2, "use_rslora": True}}},
     {"lora": {"target_modules": ("q_proj", "up_proj")}},
     {"method": {}, "lora": {"loraplus_lr_ratio": 4.0, "init_lora_weights": "gaussian"}},
     {
@@ -69,6 +71,7 @@ def _peft(model, one):
         routing_strategy=mix.strategy, top_k=getattr(mix.routing, "k", None),
         top_p=getattr(mix.routing, "p", None),
         expert_capacity=getattr(mix.routing, "capacity", None), jitter_noise=0.0,
+        act_fn=mix.act_fn, expert_lora={"r": mix.experts.r, "lora_alpha": mix.experts.lora_alpha},
     )  # fmt: skip
     wrapped = get_peft_model(own, config)
     wrapped.load_state_dict(
@@ -83,8 +86,9 @@ def _peft(model, one):
         {"method": {"router_aux_loss_coef": 0.3}},
         {"method": TOP_P, "lora": {"use_dora": True}},
         {"method": SWITCH | {"ffn_dropout": 0.0, "jitter_noise": 0.0}},
+        {"method": {"act_fn": "relu", "expert_lora": {"r": 2, "lora_alpha": 3}}},
     ],
-    ids=["top-k", "top-p, DoRA", "switch"],
+    ids=["top-k", "top-p, DoRA", "switch", "its own activation, experts of another form"],
 )
 def test_a_plain_loop_over_the_peft_type_gives_the_same(kind):
     model = llama()
@@ -155,7 +159,7 @@ def test_a_start_in_the_base_is_refused():
         )
     with pytest.raises(ValueError, match="top_p is of routing_strategy: mixlora-dynamic"):
         AdapterPlan(name="a", data=data, method={"type": "mixlora", "top_p": 0.5})
-    with pytest.raises(ValueError, match="there are 4 experts"):
+    with pytest.raises(ValueError, match="top_k is 5, of 4 experts"):
         AdapterPlan(name="a", data=data, method={"type": "mixlora", "top_k": 5, "num_experts": 4})
 
 
@@ -169,3 +173,64 @@ def test_every_number_is_in_the_file_once():
     assert isinstance(one.parameters, ExpertParameters)
     native = one.parameters.native()
     assert sum(t.numel() for t in native.values()) == one.parameters.flat.numel()
+
+
+def test_what_is_drawn_follows_from_the_seed_alone():
+    found = []
+    for state in (1, 2):
+        one = learner(
+            llama(), method={"jitter_noise": 0.1}, lora={"lora_dropout": 0.3}, max_steps=3
+        )
+        torch.manual_seed(state)
+        train(base_of(llama()), [one])
+        found.append(one.parameters.flat.clone())
+    assert torch.equal(*found)
+    other = learner(llama(), method={"jitter_noise": 0.1}, lora={"lora_dropout": 0.3}, max_steps=3)
+    other.seed += 1
+    train(base_of(llama()), [other])
+    assert not torch.equal(found[0], other.parameters.flat)
+
+
+def test_masks_differ_from_step_to_step_and_from_layer_to_layer():
+    drawn = []
+    for seed, name in ((1, "a"), (2, "a"), (1, "b"), (1, "a")):
+        with seeded(seed, name, torch.device("cpu")):
+            drawn.append(torch.rand(4))
+    assert torch.equal(drawn[0], drawn[3])
+    assert not torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_options_get_where_they_belong():
+    switch = learner(llama(), method=SWITCH | {"act_fn": "gelu"}).parameters.mix
+    assert (switch.routing.dropout, switch.routing.capacity, switch.act_fn) == (0.1, 6, "gelu")
+    assert (switch.router_init_range, switch.jitter_noise) == (1.0, 0.01)
+    plus = learner(llama(), method={}, lora={"loraplus_lr_ratio": 4.0, "use_dora": True})
+    times = [group["times"] for group in plus.optimizer.param_groups]
+    assert dict(zip(plus.parameters.parts, times, strict=True)) == {
+        "a": 1, "b": 4, "magnitude": 4, "expert_a": 1, "expert_b": 4, "expert_magnitude": 4,
+        "gate": 1,
+    }  # fmt: skip
+    with pytest.raises(BrokenAdapter, match="bogus"):
+        learner(llama(), method={"act_fn": "bogus"})
+
+
+def test_half_precision_leaves_routers_and_magnitudes_alone(tmp_path):
+    model = llama()
+    one = learner(model, method={}, lora={"use_dora": True})
+    write_adapter(
+        tmp_path, one.parameters, model, base="tiny", base_revision=None, task_type="CAUSAL_LM",
+        dtype="bfloat16",
+    )  # fmt: skip
+    for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items():
+        exact = "moe_gate" in name or "magnitude" in name
+        assert tensor.dtype == (torch.float32 if exact else torch.bfloat16), name
+
+
+def test_packed_rows_and_switch_do_not_go_together():
+    with pytest.raises(ValueError, match="packing does not go with mixlora-switch"):
+        AdapterPlan(
+            name="a", data={"train": {"path": "rows.jsonl"}, "max_length": 64},
+            method={"type": "mixlora", "routing_strategy": "mixlora-switch"},
+            training={"packing": True},
+        )  # fmt: skip

@@ -155,7 +155,7 @@ def spoilt(made: Made, name: str, tensor: Any) -> Made:
         (spoilt(make(), "mixlora.layers.0.gate.weight", torch.ones(4, 32)), "half of its tensors"),
         (make(num_experts=8), "num_experts says 8, and the tensors have 4 experts"),
         (make(use_dora=True), "lora_magnitude_vector is missing, and use_dora is on"),
-        (make(top_k=7), "top_k is 7, and there are 4 experts"),
+        (make(top_k=7), "top_k is 7, and num_experts is 4"),
     ],
 )
 def test_bad_files_are_refused_by_name(made: Made, message: str, tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_what_mixlora_alone_does_not_read_is_said(
     made: tuple[MixLora, Tensors], note: str, tmp_path: Path
 ) -> None:
     [said] = write_mlora(tmp_path, *made)
-    assert said == f"moe_peft reads it, mixlora does not: {note}"
+    assert said == f"load it with the package moe_peft: the package mixlora does not read {note}"
 
 
 def test_m_loras_readers_always_find_a_task_type(tmp_path: Path) -> None:
