@@ -18,27 +18,22 @@ from lorahub_registry.adapters.mixlora_keys import GATE
 from lorahub_registry.compose.bench import Means
 from lorahub_registry.compose.expert_facts import DEAD, ExpertRouter, observed
 from lorahub_registry.compose.expert_parts import Parts, experts_in, take_apart, tensors_of
-from lorahub_registry.compose.gates import GateParameters
+from lorahub_registry.compose.gates import fit_parameters
 from lorahub_registry.compose.rivals import rival_name, static_rivals
 from lorahub_registry.compose.routed import Routed, by_member, plain_sum
-from lorahub_registry.errors import NotApplied
 from lorahub_registry.evaluate.base import LoadedBase
 from lorahub_registry.evaluate.stock import stock_peft
 from lorahub_registry.evaluate.tokens import Encoded
 from lorahub_registry.progress import Progress, silent
-from lorahub_registry.recipes.factory import AdapterData, AdapterPlan, TrainSplit
 from lorahub_registry.recipes.mixlora import AVERAGE, MixLora
 from lorahub_registry.recipes.model import Recipe
 from lorahub_registry.recipes.routed import LEARN
-from lorahub_registry.recipes.training import TrainingOptions
 from lorahub_registry.runtime.grouped import Share
 from lorahub_registry.runtime.mixlora_names import to_native
 from lorahub_registry.runtime.moe import router_losses
 from lorahub_registry.runtime.moe_layer import layers_of
 from lorahub_registry.runtime.room import check_room
-from lorahub_registry.train.learner import Learner, items_of
 from lorahub_registry.train.passes import Standing
-from lorahub_registry.train.run import train
 from lorahub_registry.weights.files import DTYPES, load_deltas
 from lorahub_registry.weights.lowrank import Deltas
 from lorahub_registry.weights.mixlora import write_mixlora
@@ -146,29 +141,18 @@ def train_routers(
     Raises:
         NotApplied: the training diverged.
     """
-    options = TrainingOptions(**method.training.model_dump())
-    # The learner asks for its options alone; the rows are here.
-    data = AdapterData(train=TrainSplit(path="rows.jsonl"))
-    plan = AdapterPlan(name="routers", training=options, data=data)
     with stock_peft(base, folder, is_trainable=True) as model:
         for name, value in model.named_parameters():
             ours = f".lora_experts.{_ADAPTER}." in name
             value.requires_grad_(ours and (method.train_experts or name.endswith(".gate")))
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        learner = Learner(
-            0, plan, base.model, items_of(rows, plan), (), seed=seed,
-            vocabulary=len(base.tokenizer), half=base.model.dtype == torch.float16,
-            parameters=GateParameters(named),
+        loss = fit_parameters(
+            "routers", method.training, base, named, rows, MoeStanding(model),
+            seed=seed, progress=progress,
         )  # fmt: skip
-        train(base, [learner], standing=MoeStanding(model), progress=progress)
-        if learner.at.state != "done":
-            raise NotApplied(
-                f"the routers' training diverged: {learner.at.why}",
-                hint="lower training: learning_rate of the method",
-            )
         native = to_native(base.model, _ADAPTER, base.model.state_dict())
         tensors = {name: p.detach().float().cpu().clone() for name, p in native.items()}
-    return tensors, tuple(learner.at.loss)
+    return tensors, loss
 
 
 class MoeStanding(Standing):

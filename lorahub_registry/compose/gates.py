@@ -21,7 +21,7 @@ from lorahub_registry.evaluate.tokens import Encoded
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.recipes.factory import AdapterData, AdapterPlan, TrainSplit
 from lorahub_registry.recipes.routed import LoraFlow
-from lorahub_registry.recipes.training import TrainingOptions
+from lorahub_registry.recipes.training import RunOptions, TrainingOptions
 from lorahub_registry.runtime.linear import fans
 from lorahub_registry.runtime.places import place_of, width_of
 from lorahub_registry.train.learner import Learner, items_of
@@ -92,6 +92,47 @@ class GateParameters:
             at += value.numel()
 
 
+def fit_parameters(
+    what: str,
+    training: RunOptions,
+    base: LoadedBase,
+    named: Mapping[str, torch.nn.Parameter],
+    rows: Sequence[Encoded],
+    standing: Standing,
+    *,
+    seed: int,
+    progress: Progress = silent,
+) -> tuple[tuple[int, float], ...]:
+    """Train parameters of a loaded mixture where they stand.
+
+    Args:
+        what: what they are called.
+        named: those that are trained.
+
+    Returns:
+        (step, NLL of the step's rows in nats a token).
+
+    Raises:
+        NotApplied: the training diverged.
+    """
+    options = TrainingOptions(**training.model_dump())
+    # The learner asks for its options alone; the rows are here.
+    data = AdapterData(train=TrainSplit(path="rows.jsonl"))
+    plan = AdapterPlan(name=what, training=options, data=data)
+    learner = Learner(
+        0, plan, base.model, items_of(rows, plan), (), seed=seed,
+        vocabulary=len(base.tokenizer), half=base.model.dtype == torch.float16,
+        parameters=GateParameters(named),
+    )  # fmt: skip
+    train(base, [learner], standing=standing, progress=progress)
+    if learner.at.state != "done":
+        raise NotApplied(
+            f"the {what}' training diverged: {learner.at.why}",
+            hint="lower training: learning_rate of the method",
+        )
+    return tuple(learner.at.loss)
+
+
 def train_gates(
     method: LoraFlow,
     base: LoadedBase,
@@ -106,25 +147,13 @@ def train_gates(
     Raises:
         NotApplied: the training diverged.
     """
-    options = TrainingOptions(**method.training.model_dump())
-    # The learner asks for its options alone; the rows are here.
-    data = AdapterData(train=TrainSplit(path="rows.jsonl"))
-    plan = AdapterPlan(name="gates", training=options, data=data)
     with stock_peft(base, folder, is_trainable=True) as model:
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        learner = Learner(
-            0, plan, base.model, items_of(rows, plan), (), seed=seed,
-            vocabulary=len(base.tokenizer), half=base.model.dtype == torch.float16,
-            parameters=GateParameters(named),
-        )  # fmt: skip
-        train(base, [learner], standing=Standing(), progress=progress)
-        if learner.at.state != "done":
-            raise NotApplied(
-                f"the gates' training diverged: {learner.at.why}",
-                hint="lower training: learning_rate of the method",
-            )
+        loss = fit_parameters(
+            "gates", method.training, base, named, rows, Standing(), seed=seed, progress=progress
+        )
         tensors = {_plain(name): p.detach().float().cpu().clone() for name, p in named.items()}
-    return Trained(tensors, tuple(learner.at.loss))
+    return Trained(tensors, loss)
 
 
 def _plain(name: str) -> str:

@@ -15,6 +15,7 @@ from torch import nn
 
 from lorahub_registry.adapters.dynamic import Arrow, Constant, Dynamic, LoraFlow, PromptRouter
 from lorahub_registry.runtime.flow import Flow
+from lorahub_registry.runtime.linear import apply_to_base
 from lorahub_registry.runtime.mixture import Coefficients, Experts, RowsMerged, turned
 from lorahub_registry.runtime.routers import arrow, gate
 
@@ -43,17 +44,7 @@ class Frozen(nn.Module, BaseTunerLayer):
         self.frozen_peft_weight_names[adapter] = self.frozen
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Let ``model.to(torch.bfloat16)`` and the like change the base alone.
-
-        Experts in fewer bits are others than those the router was made with.
-        """
-
-        def wide(tensor: torch.Tensor) -> torch.Tensor:
-            found: torch.Tensor = fn(tensor)
-            return tensor.to(found.device) if found.itemsize < tensor.itemsize else found
-
-        for name, child in self.named_children() if recurse else ():
-            child._apply(fn if name == "base_layer" else wide, recurse)
+        apply_to_base(self, fn, recurse)
         return self
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -30,3 +30,17 @@ def weight_of(module: nn.Module, dtype: torch.dtype = torch.float32) -> torch.Te
 
     weight = dequantize_module_weight(module).detach().to(dtype)
     return weight.T if type(module).__name__ == "Conv1D" else weight
+
+
+def apply_to_base(layer: nn.Module, fn: Any, recurse: bool) -> None:
+    """What ``model.to(torch.bfloat16)`` and the like do to a tuner layer: they change the base.
+
+    Experts in fewer bits are others than those the router was made with.
+    """
+
+    def wide(tensor: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = fn(tensor)
+        return tensor.to(found.device) if found.itemsize < tensor.itemsize else found
+
+    for name, child in layer.named_children() if recurse else ():
+        child._apply(fn if name == "base_layer" else wide, recurse)

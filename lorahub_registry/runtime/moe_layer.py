@@ -14,7 +14,7 @@ from torch.nn import functional
 from lorahub_registry.adapters.mixlora import MixLora, Switch
 from lorahub_registry.errors import IncompatibleAdapters
 from lorahub_registry.runtime.flow import NO_BACKWARD
-from lorahub_registry.runtime.linear import fans, weight_of
+from lorahub_registry.runtime.linear import apply_to_base, fans, weight_of
 from lorahub_registry.runtime.mixture import RowsMerged
 from lorahub_registry.runtime.mlp import Mlp
 from lorahub_registry.runtime.moe import Chosen, Experts, Stack, combined, logits_of, route
@@ -245,14 +245,7 @@ class MoeLayer(nn.Module, BaseTunerLayer):
                 value.data = value.data.to(where)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Let ``model.to(torch.bfloat16)`` and the like change the base alone."""
-
-        def wide(tensor: torch.Tensor) -> torch.Tensor:
-            found: torch.Tensor = fn(tensor)
-            return tensor.to(found.device) if found.itemsize < tensor.itemsize else found
-
-        for name, child in self.named_children() if recurse else ():
-            child._apply(fn if name == "base_layer" else wide, recurse)
+        apply_to_base(self, fn, recurse)
         return self
 
     def delete_adapter(self, adapter_name: str) -> None:
