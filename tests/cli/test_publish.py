@@ -232,7 +232,7 @@ def test_card_writes_the_same_card_again(lorareg, kitchen):
 def test_card_of_what_is_no_mixture_says_so(lorareg, kitchen):
     said = lorareg.fails("card", "loras/plain")
     assert "holds no results.json, so it is nothing that lorareg mixed or trained" in said
-    assert "cards are written for what `lorareg compose` or `lorareg train` made" in said
+    assert "cards are written for what `lorareg compose`, `lorareg train` or" in said
 
 
 def test_card_of_half_a_mixture_names_what_is_missing(lorareg, kitchen):

@@ -141,7 +141,7 @@ def test_the_schema_knows_the_bounds_and_the_choices() -> None:
 def test_each_method_says_what_it_is_and_where_it_comes_from() -> None:
     assert list(METHODS) == [
         "linear", "factor", "ties", "dare_linear", "dare_ties", "magnitude_prune", "learn",
-        "lorahub", "lora_flow", "arrow", "prompt_router",
+        "lorahub", "lora_flow", "arrow", "prompt_router", "mixlora",
     ]  # fmt: skip
     for name, cls in METHODS.items():
         assert cls.name() == name

@@ -345,7 +345,8 @@ def test_the_schema_has_every_key_with_its_bounds_and_the_defaults() -> None:
     schema = factory_schema()
     defs = schema["$defs"]
     assert set(schema["properties"]) == {*Factory.model_fields, "defaults"}
-    assert set(schema["properties"]["defaults"]["properties"]) == {"lora", "training", "data"}
+    sections = {"lora", "method", "training", "data"}
+    assert set(schema["properties"]["defaults"]["properties"]) == sections
     assert defs["AdapterPlan"]["required"] == ["name"]
     assert "required" not in defs["AdapterData"]
     assert defs["LoraOptions"]["properties"]["lora_dropout"]["exclusiveMaximum"] == 1
