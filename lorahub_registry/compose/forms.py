@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 
 from lorahub_registry.adapters.facts import AdapterFacts
-from lorahub_registry.runtime.operator import Factors, Stack, stacked
+from lorahub_registry.runtime.operator import ScaledFactors, Stack, stacked
 from lorahub_registry.weights.files import load_factors, load_flat
 from lorahub_registry.weights.inspect import Place
 from lorahub_registry.weights.lowrank import Deltas, LowRank
@@ -77,7 +77,7 @@ class DeltaForm:
 
     def __init__(
         self,
-        adapters: Sequence[Mapping[str, LowRank | Factors]],
+        adapters: Sequence[Mapping[str, LowRank | ScaledFactors]],
         device: torch.device | str = "cpu",
         layout: Layout | None = None,
         embeddings: Collection[str] = (),

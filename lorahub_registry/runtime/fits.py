@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -27,6 +27,19 @@ class OfFile:
         """PEFT's own."""
         found: Any = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
         found.from_file = True
+        return found
+
+
+class NativeNames:
+    """A PEFT model whose files hold m-LoRA's names, in which no adapter's name stands."""
+
+    native_prefixes: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        if key.startswith(cls.native_prefixes):
+            return key
+        found: str = super()._remove_adapter_name_from_key(key, adapter_name)  # type: ignore[misc]
         return found
 
 

@@ -177,8 +177,18 @@ class Flow:
 
 
 @contextmanager
-def mixed(flow: Flow, names: Sequence[str] | None) -> Iterator[None]:
-    """Each row of the batches in the block has the adapter of that name."""
+def mixed(model: Any, names: Sequence[str] | None) -> Iterator[None]:
+    """Each row of the batches in the block has the adapter of that name.
+
+    Args:
+        model: a PEFT model with a flow.
+
+    Raises:
+        ValueError: no adapter of the model is called so.
+    """
+    if names is not None and (unknown := sorted(set(names) - {*model.peft_config, BASE})):
+        raise ValueError(f"adapter_names: no adapter is called {', '.join(unknown)}")
+    flow: Flow = model._flow
     before, flow.names, flow._shared = flow.names, names, None
     try:
         yield

@@ -20,7 +20,7 @@ from lorahub_registry.adapters.mixlora import MixLora, Switch
 from lorahub_registry.runtime.flow import NO_BACKWARD
 from lorahub_registry.runtime.mixture import RowsMerged
 from lorahub_registry.runtime.mlp import Mlp
-from lorahub_registry.runtime.moe import Experts, combined, logits_of, route, router_losses
+from lorahub_registry.runtime.moe import MoeExperts, combined, logits_of, route, router_losses
 from lorahub_registry.runtime.seeds import seed_of
 
 
@@ -35,7 +35,7 @@ class LayerExperts:
 
     index: int
     mlp: Mlp
-    experts: Experts
+    experts: MoeExperts
     mix: MixLora
 
 

@@ -21,8 +21,8 @@ from torch import nn
 
 from lorahub_registry.adapters.mixlora import MixLora, Switch, parse_mixlora, to_config
 from lorahub_registry.errors import IncompatibleAdapters, UsageError
-from lorahub_registry.runtime.fits import OfFile, injected, loading
-from lorahub_registry.runtime.flow import BASE, mixed
+from lorahub_registry.runtime.fits import NativeNames, OfFile, injected, loading
+from lorahub_registry.runtime.flow import mixed
 from lorahub_registry.runtime.mixlora_names import from_native, settled_config, to_native
 from lorahub_registry.runtime.mixlora_plan import all_linear, expert_sizes, plan_of
 from lorahub_registry.runtime.moe_flow import MoeFlow
@@ -130,7 +130,7 @@ class MixLoraConfig(OfFile, LoraConfig):
         return found
 
 
-class MixLoraModel(LoraModel):
+class MixLoraModel(NativeNames, LoraModel):
     """The base with MixLoRA experts in its feed-forward modules, and LoRA on its attention.
 
     In training, what the router is held to is added to the loss of the model's output, and stands
@@ -139,6 +139,7 @@ class MixLoraModel(LoraModel):
     """
 
     tuner_layer_cls = (LoraLayer, MoeLayer)
+    native_prefixes = ("mixlora.",)
 
     def __init__(self, model: nn.Module, config: Any, *args: Any, **kwargs: Any) -> None:
         if not isinstance(config, Mapping):  # PeftModel gives one, inject_adapter_in_model does not
@@ -209,13 +210,6 @@ class MixLoraModel(LoraModel):
         return to_native(model, adapter_name, state_dict)
 
     @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        if key.startswith("mixlora."):
-            return key
-        found: str = super()._remove_adapter_name_from_key(key, adapter_name)
-        return found
-
-    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
@@ -228,13 +222,10 @@ class MixLoraModel(LoraModel):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.get("adapter_names")
-        known = {*self.peft_config, BASE}
-        if names is not None and (unknown := sorted(set(names) - known)):
-            raise ValueError(f"adapter_names: no adapter is called {', '.join(unknown)}")
         layers = [] if names is None else [m for m in self.modules() if isinstance(m, LoraLayer)]
         before = [set(layer._forward_pre_hooks) for layer in layers]
         try:
-            with mixed(self._flow, names), super()._enable_peft_forward_hooks(*args, **kwargs):
+            with mixed(self, names), super()._enable_peft_forward_hooks(*args, **kwargs):
                 yield
         finally:
             # PEFT's own stay after an exception.

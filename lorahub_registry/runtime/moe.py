@@ -20,10 +20,17 @@ from torch.nn import functional
 from lorahub_registry.adapters.mixlora import MixLora, Routing, Switch, TopK, TopP
 from lorahub_registry.runtime.autocast import no_autocast
 from lorahub_registry.runtime.mlp import Mlp
-from lorahub_registry.runtime.moe_inner import Experts, Stack, Work, norms_of, scaled, scales
+from lorahub_registry.runtime.moe_inner import (
+    ExpertFactors,
+    MoeExperts,
+    Work,
+    norms_of,
+    scaled,
+    scales,
+)
 
 __all__ = [
-    "Chosen", "Experts", "Stack", "combined", "logits_of", "norms_of", "places", "route",
+    "Chosen", "ExpertFactors", "MoeExperts", "combined", "logits_of", "norms_of", "places", "route",
     "router_losses", "top_p",
 ]  # fmt: skip
 
@@ -148,7 +155,7 @@ def _pairs(
 
 
 def combined(
-    mlp: Mlp, experts: Experts, x: torch.Tensor, chosen: Chosen, *, dropout: bool = False
+    mlp: Mlp, experts: MoeExperts, x: torch.Tensor, chosen: Chosen, *, dropout: bool = False
 ) -> torch.Tensor:
     """What the experts give together: [tokens, width], x's dtype.
 

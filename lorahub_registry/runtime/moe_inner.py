@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Stack:
+class ExpertFactors:
     """One projection's low-rank parts of all experts.
 
     Attributes:
@@ -42,7 +42,7 @@ class Stack:
 
 
 @dataclass(frozen=True)
-class Experts:
+class MoeExperts:
     """What one layer's experts compute with, in float32 on the layer's device.
 
     Attributes:
@@ -53,7 +53,7 @@ class Experts:
     """
 
     gate: torch.Tensor
-    stacks: Mapping[str, Stack]
+    stacks: Mapping[str, ExpertFactors]
     scaling: float
     dropout: float = 0.0
 
@@ -102,7 +102,7 @@ class Work:
     """
 
     def __init__(
-        self, mlp: Mlp, experts: Experts, chosen: Chosen, wide: torch.dtype, dropout: bool,
+        self, mlp: Mlp, experts: MoeExperts, chosen: Chosen, wide: torch.dtype, dropout: bool,
         *, summed: bool,
     ) -> None:  # fmt: skip
         self._mlp, self._experts, self._wide, self.summed = mlp, experts, wide, summed
@@ -275,7 +275,7 @@ class _Inner(torch.autograd.Function):
         return None, *grads
 
 
-def scales(module: Any, stack: Stack, scaling: float) -> torch.Tensor:
+def scales(module: Any, stack: ExpertFactors, scaling: float) -> torch.Tensor:
     """What DoRA multiplies each expert's outputs by, [experts, fan_out]."""
     assert stack.magnitude is not None
     return stack.magnitude / norms_of(module, stack, scaling)
@@ -294,7 +294,7 @@ _NORMS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 @torch.no_grad()
-def norms_of(module: nn.Module, stack: Stack, scaling: float) -> torch.Tensor:
+def norms_of(module: nn.Module, stack: ExpertFactors, scaling: float) -> torch.Tensor:
     """‖W + sBA‖ of each expert's outputs, [experts, fan_out]; taken as constants, as in DoRA.
 
     Without the dense sums: ‖W‖² + 2s (W Aᵀ)·B + s² (B AAᵀ)·B, summed over each row. Kept beside A

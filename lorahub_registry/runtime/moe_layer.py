@@ -17,7 +17,14 @@ from lorahub_registry.runtime.flow import NO_BACKWARD
 from lorahub_registry.runtime.linear import apply_to_base, fans, weight_of
 from lorahub_registry.runtime.mixture import RowsMerged
 from lorahub_registry.runtime.mlp import Mlp
-from lorahub_registry.runtime.moe import Chosen, Experts, Stack, combined, logits_of, route
+from lorahub_registry.runtime.moe import (
+    Chosen,
+    ExpertFactors,
+    MoeExperts,
+    combined,
+    logits_of,
+    route,
+)
 from lorahub_registry.runtime.moe_flow import MoeFlow
 
 MERGE = (
@@ -55,10 +62,10 @@ class ExpertsOf(nn.Module):
                     norms = weight_of(weight).norm(dim=1).cpu()
                 setattr(self, f"{name}_magnitude", nn.Parameter(norms.repeat(count, 1)))
 
-    def stacks(self) -> dict[str, Stack]:
+    def stacks(self) -> dict[str, ExpertFactors]:
         """As the operator takes them."""
         return {
-            name: Stack(
+            name: ExpertFactors(
                 getattr(self, f"{name}_A"),
                 getattr(self, f"{name}_B"),
                 getattr(self, f"{name}_magnitude", None),
@@ -175,7 +182,7 @@ class MoeLayer(nn.Module, BaseTunerLayer):
             flat = flat if switch else seen  # switch shakes what the router sees alone
         logits = logits_of(seen, gate)
         real = self._real(which, flat)
-        experts = Experts(gate, held.stacks(), mix.experts.scaling, mix.experts.lora_dropout)
+        experts = MoeExperts(gate, held.stacks(), mix.experts.scaling, mix.experts.lora_dropout)
         if switch:
             chosen = self._by_room(adapter, mix, logits, len(x), real)
         else:

@@ -20,7 +20,7 @@ from lorahub_registry.weights.lowrank import Deltas, LowRank
 Numbers = Callable[[str, int], int]
 """(module, adapter) → the number of its coefficient."""
 
-Factors = tuple[torch.Tensor, torch.Tensor, float]
+ScaledFactors = tuple[torch.Tensor, torch.Tensor, float]
 """(A [rank, fan_in], B [fan_out, rank], scaling) of one adapter on one module."""
 
 
@@ -43,7 +43,7 @@ class Stack:
 
 
 def stacked(
-    adapters: Sequence[Mapping[str, LowRank | Factors]],
+    adapters: Sequence[Mapping[str, LowRank | ScaledFactors]],
     *,
     device: torch.device | str = "cpu",
     number: Numbers = lambda module, adapter: adapter,
@@ -68,7 +68,7 @@ def stacked(
     return found
 
 
-def _factors(part: LowRank | Factors) -> Factors:
+def _factors(part: LowRank | ScaledFactors) -> ScaledFactors:
     return (part.a, part.b, 1.0) if isinstance(part, LowRank) else part
 
 

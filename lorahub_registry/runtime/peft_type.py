@@ -35,7 +35,7 @@ from lorahub_registry.runtime.fits import (
     take_off,
     withdraw,
 )
-from lorahub_registry.runtime.flow import BASE, Flow, Generation, mixed
+from lorahub_registry.runtime.flow import Flow, Generation, mixed
 from lorahub_registry.runtime.gate_layer import GateLayer
 from lorahub_registry.runtime.layers import MERGE, MixtureLayer
 from lorahub_registry.runtime.mixture import Coefficients
@@ -186,11 +186,8 @@ class MixtureModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
         names: Sequence[str] | None = kwargs.get("adapter_names")
-        known = {*self.peft_config, BASE}
-        if names is not None and (unknown := sorted(set(names) - known)):
-            raise ValueError(f"adapter_names: no adapter is called {', '.join(unknown)}")
-        ran(self.model)
-        with mixed(self._flow, names):
+        with mixed(self, names):
+            ran(self.model)
             yield
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

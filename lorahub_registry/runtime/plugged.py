@@ -21,7 +21,7 @@ from torch import nn
 from lorahub_registry.adapters.dynamic import Dynamic, Expert
 from lorahub_registry.adapters.mixlora import MixLora, TopK, parse_mixlora, to_config
 from lorahub_registry.errors import IncompatibleAdapters, UsageError
-from lorahub_registry.runtime.fits import OfFile, injected, loading, withdraw
+from lorahub_registry.runtime.fits import NativeNames, OfFile, injected, loading, withdraw
 from lorahub_registry.runtime.layers import MixtureLayer
 from lorahub_registry.runtime.linear import is_trainable
 from lorahub_registry.runtime.mixlora_names import native_tensors, nothing_left, take
@@ -142,10 +142,11 @@ class PluggedLayer(MixtureLayer):
         return found
 
 
-class PluggedModel(MixtureModel):
+class PluggedModel(NativeNames, MixtureModel):
     """The base with LoRAMoE's or MoLA's experts beside its modules."""
 
     tuner_layer_cls: Any = (PluggedLayer,)
+    native_prefixes = ("loramoe.", "mola.")
 
     def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's own; where it fails, the model is left as it was.
@@ -215,13 +216,6 @@ class PluggedModel(MixtureModel):
             if count > 1:
                 gate = state_dict[f"{name}.lora_gate.{adapter_name}"]
                 found[f"{layer.native}.moe_gate.weight"] = gate
-        return found
-
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        if key.startswith(("loramoe.", "mola.")):
-            return key
-        found: str = super()._remove_adapter_name_from_key(key, adapter_name)
         return found
 
     @classmethod

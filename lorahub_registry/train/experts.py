@@ -23,7 +23,7 @@ from lorahub_registry.recipes.training import ALL_LINEAR, LoraOptions
 from lorahub_registry.runtime.grouped_experts import LayerExperts
 from lorahub_registry.runtime.linear import fans, weight_of
 from lorahub_registry.runtime.mixlora_plan import adapted, all_linear, expert_sizes, plan_of
-from lorahub_registry.runtime.moe import Experts, Stack
+from lorahub_registry.runtime.moe import ExpertFactors, MoeExperts
 from lorahub_registry.train.parameters import Parameters
 
 _ROUTER_STD = {"mixlora-switch": 1.0}
@@ -106,8 +106,8 @@ class ExpertParameters(Parameters):
                 if mix.experts.use_dora:
                     magnitude = leaf("expert_magnitude", count, fan_out)
                     magnitude.data.copy_(weight_of(mlp.linear(proj)).norm(dim=1))
-                stacks[proj] = Stack(a, b, magnitude)
-            experts = Experts(gate, stacks, mix.experts.scaling, mix.experts.lora_dropout)
+                stacks[proj] = ExpertFactors(a, b, magnitude)
+            experts = MoeExperts(gate, stacks, mix.experts.scaling, mix.experts.lora_dropout)
             self.experts[name] = LayerExperts(index, mlp.acting(mix.act_fn), experts, mix)
 
     def native(self) -> dict[str, torch.Tensor]:

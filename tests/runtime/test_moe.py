@@ -14,7 +14,14 @@ from torch.nn import functional as F
 
 from lorahub_registry.adapters.mixlora import LoraPart, MixLora, Switch, TopK, TopP
 from lorahub_registry.runtime.mlp import Mlp
-from lorahub_registry.runtime.moe import Experts, Stack, combined, logits_of, route, router_losses
+from lorahub_registry.runtime.moe import (
+    ExpertFactors,
+    MoeExperts,
+    combined,
+    logits_of,
+    route,
+    router_losses,
+)
 
 ROUTINGS = [TopK(1), TopK(2), TopK(4), TopP(0.55), TopP(1.0), TopP(0.4, 0.5), Switch(2), Switch(99)]
 FORMS = ["gate/up/down", "gate_up/down", "turned", "fc1/fc2"]
@@ -48,7 +55,7 @@ def draw(
     dora: bool = False,
     without: tuple[str, ...] = (),
     seed: int = 0,
-) -> tuple[Mlp, Experts, torch.Tensor]:
+) -> tuple[Mlp, MoeExperts, torch.Tensor]:
     """(a feed-forward module, experts, tokens), in float64."""
     torch.manual_seed(seed)
     mlp = Block(form, width, inner, bias=bias).mlp
@@ -56,19 +63,19 @@ def draw(
     for name in mlp.names:
         if name not in without:
             fan_out, fan_in = mlp.linear(name).weight.shape
-            stacks[name] = Stack(
+            stacks[name] = ExpertFactors(
                 torch.randn(experts, rank, fan_in).double() * 0.4,
                 torch.randn(experts, rank, fan_out).double() * 0.4,
                 torch.rand(experts, fan_out).double() + 0.5 if dora else None,
             )
     return (
         mlp,
-        Experts(torch.randn(experts, width).double(), stacks, 1.7),
+        MoeExperts(torch.randn(experts, width).double(), stacks, 1.7),
         torch.randn(tokens, width).double(),
     )
 
 
-def one(mlp: Mlp, experts: Experts, e: int, x: torch.Tensor) -> torch.Tensor:
+def one(mlp: Mlp, experts: MoeExperts, e: int, x: torch.Tensor) -> torch.Tensor:
     """FFN_e(x) with dense weights, of one token."""
 
     def project(name: str, x: torch.Tensor) -> torch.Tensor:
@@ -91,7 +98,7 @@ def one(mlp: Mlp, experts: Experts, e: int, x: torch.Tensor) -> torch.Tensor:
 
 
 def expected(
-    mlp: Mlp, experts: Experts, x: torch.Tensor, routing: Any, rows: int = 1,
+    mlp: Mlp, experts: MoeExperts, x: torch.Tensor, routing: Any, rows: int = 1,
     real: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """The papers' formulas, token by token and expert by expert."""
@@ -121,7 +128,7 @@ def expected(
     return torch.stack(out)  # type: ignore[arg-type]
 
 
-def run(mlp: Mlp, experts: Experts, x: torch.Tensor, routing: Any, **more: Any) -> torch.Tensor:
+def run(mlp: Mlp, experts: MoeExperts, x: torch.Tensor, routing: Any, **more: Any) -> torch.Tensor:
     return combined(mlp, experts, x, route(logits_of(x, experts.gate), routing, **more))
 
 
@@ -248,10 +255,10 @@ def test_gradients(form: str, routing: Any, dora: bool) -> None:
         def call(*values: torch.Tensor) -> torch.Tensor:
             rest = iter(values[2:])
             stacks = {
-                name: Stack(next(rest), next(rest), next(rest) if dora else None)
+                name: ExpertFactors(next(rest), next(rest), next(rest) if dora else None)
                 for name in experts.stacks
             }
-            return function(mlp, Experts(values[1], stacks, 1.7), values[0], routing)
+            return function(mlp, MoeExperts(values[1], stacks, 1.7), values[0], routing)
 
         return call
 
@@ -269,9 +276,9 @@ def test_half_precision_keeps_what_is_low_rank_in_float32() -> None:
     mlp, experts, x = draw(tokens=5)
     wide = run(mlp, experts, x, TopK(2))
     mlp.module.bfloat16()
-    narrow = Experts(
+    narrow = MoeExperts(
         experts.gate.float(),
-        {n: Stack(s.a.float(), s.b.float()) for n, s in experts.stacks.items()},
+        {n: ExpertFactors(s.a.float(), s.b.float()) for n, s in experts.stacks.items()},
         1.7,
     )
     found = run(mlp, narrow, x.bfloat16(), TopK(2))
@@ -282,7 +289,7 @@ def test_half_precision_keeps_what_is_low_rank_in_float32() -> None:
 
 def test_dropout_is_of_the_low_rank_part_alone() -> None:
     mlp, experts, x = draw(tokens=40)
-    routing, bare = TopK(2), Experts(experts.gate, {}, 1.0)
+    routing, bare = TopK(2), MoeExperts(experts.gate, {}, 1.0)
     chosen = route(logits_of(x, experts.gate), routing)
     all_dropped = combined(mlp, replace(experts, dropout=1.0), x, chosen, dropout=True)
     same(all_dropped, combined(mlp, bare, x, chosen))

@@ -10,7 +10,14 @@ from torch import nn
 
 from lorahub_registry.adapters.mixlora import TopK
 from lorahub_registry.runtime.mlp import Mlp
-from lorahub_registry.runtime.moe import Experts, Stack, combined, logits_of, norms_of, route
+from lorahub_registry.runtime.moe import (
+    ExpertFactors,
+    MoeExperts,
+    combined,
+    logits_of,
+    norms_of,
+    route,
+)
 
 WIDTH, INNER, EXPERTS, RANK = 8, 16, 5, 4
 
@@ -37,26 +44,28 @@ def draw(tokens: int, *, dora: bool = False, dtype: torch.dtype = torch.float64)
     for name in ("gate", "up", "down"):
         fan_out, fan_in = getattr(block, name).weight.shape
         size = (normal(EXPERTS, fan_out),) if dora else ()
-        stacks[name] = Stack(normal(EXPERTS, RANK, fan_in), normal(EXPERTS, RANK, fan_out), *size)
-    experts = Experts(normal(EXPERTS, WIDTH), stacks, 1.5, dropout=0.4)
+        stacks[name] = ExpertFactors(
+            normal(EXPERTS, RANK, fan_in), normal(EXPERTS, RANK, fan_out), *size
+        )
+    experts = MoeExperts(normal(EXPERTS, WIDTH), stacks, 1.5, dropout=0.4)
     return Mlp(block, ("gate", "up"), "down", nn.SiLU(), True), experts, normal(tokens, WIDTH)
 
 
-def of(dtype: torch.dtype, held: Experts) -> Experts:
+def of(dtype: torch.dtype, held: MoeExperts) -> MoeExperts:
     """The same in another dtype, without dropout."""
     stacks = {
-        name: Stack(*(None if t is None else t.to(dtype) for t in (s.a, s.b, s.magnitude)))
+        name: ExpertFactors(*(None if t is None else t.to(dtype) for t in (s.a, s.b, s.magnitude)))
         for name, s in held.stacks.items()
     }
-    return Experts(held.gate.to(dtype), stacks, held.scaling)
+    return MoeExperts(held.gate.to(dtype), stacks, held.scaling)
 
 
-def run(mlp: Mlp, experts: Experts, x: torch.Tensor, *, dropout: bool = False) -> torch.Tensor:
+def run(mlp: Mlp, experts: MoeExperts, x: torch.Tensor, *, dropout: bool = False) -> torch.Tensor:
     chosen = route(logits_of(x, experts.gate), TopK(2))
     return combined(mlp, experts, x, chosen, dropout=dropout)
 
 
-def leaves(experts: Experts, x: torch.Tensor) -> list[torch.Tensor]:
+def leaves(experts: MoeExperts, x: torch.Tensor) -> list[torch.Tensor]:
     stacks = experts.stacks.values()
     factors = [t for s in stacks for t in (s.a, s.b, s.magnitude) if t is not None]
     return [x, experts.gate, *factors]
@@ -83,8 +92,8 @@ def test_backward_drops_what_forward_dropped() -> None:
 
     def seeded(x: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(3)
-        stacks = dict(experts.stacks) | {"up": Stack(experts.stacks["up"].a, b)}
-        return run(mlp, Experts(experts.gate, stacks, 1.5, dropout=0.4), x, dropout=True)
+        stacks = dict(experts.stacks) | {"up": ExpertFactors(experts.stacks["up"].a, b)}
+        return run(mlp, MoeExperts(experts.gate, stacks, 1.5, dropout=0.4), x, dropout=True)
 
     b = experts.stacks["up"].b
     assert torch.autograd.gradcheck(seeded, (x, b), fast_mode=True)
