@@ -41,8 +41,8 @@ def _scores(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> d
 @click.option("--targets", multiple=True, help="A module that it adapts; may be repeated.")
 @click.option("--license", "license_", help="Its licence, as the Hub names it.")
 @click.option("--peft-type",
-              help="Its kind, as PEFT names it (LORA, IA3, …), or one of lorareg's own: MIXLORA, "
-              "LORAMOE, MOLA, LORA_MIXTURE.")  # fmt: skip
+              help="Its kind, as PEFT names it (LORA, IA3, …), one of lorareg's own (MIXLORA, "
+              "LORAMOE, MOLA, LORA_MIXTURE), or a composing method (arrow, …).")  # fmt: skip
 @click.option(
     "--min-score", multiple=True, callback=_scores, metavar="TASK=NUMBER",
     help="A score that it must reach; may be repeated.",

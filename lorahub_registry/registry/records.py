@@ -197,6 +197,7 @@ class Query:
         skills: all of them must be there.
         rank: inclusive bounds; None on a side leaves it open.
         targets: module names that must all be adapted.
+        peft_type: its own, or the method that composed it.
         min_scores: (task or metric or ``task/metric``) → least value.
         sort: ``downloads``, ``updated``, ``rank``, ``name`` or ``score:TASK``; None: best match
             first where there is text, else downloads.

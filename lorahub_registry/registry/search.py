@@ -28,6 +28,7 @@ from lorahub_registry.registry.schema import (
     TIERS,
     Adapter,
     AdapterSkill,
+    Mixture,
     Repo,
     Score,
     Skill,
@@ -104,7 +105,10 @@ def _plan(connection: Connection, query: Query, bases: families.Taken | None) ->
     if high is not None:
         where.append(Adapter.rank <= high)
     if query.peft_type is not None:
-        where.append(func.upper(Adapter.peft_type) == query.peft_type.upper())
+        kind = query.peft_type.upper()
+        # A composed mixture's own record is that of the plain LoRA in its root.
+        composed = select(Mixture.adapter_id).where(func.upper(Mixture.method) == kind)
+        where.append(or_(func.upper(Adapter.peft_type) == kind, Adapter.id.in_(composed)))
     if query.license is not None:
         where.append(func.lower(Repo.license) == query.license.lower())
     if query.targets:

@@ -11,7 +11,7 @@ from lorahub_registry.errors import UsageError
 from lorahub_registry.registry.records import Query, RepoRecord, ScoreRecord
 from lorahub_registry.registry.search import COUNTED
 from lorahub_registry.registry.store import Registry
-from tests.registry.making import MISTRAL, adapter, hub, local, skills
+from tests.registry.making import MISTRAL, adapter, hub, local, mixture, skills
 
 LLAMA = "meta-llama/Llama-2-7b-hf"
 
@@ -94,6 +94,12 @@ def test_searches(filled: Registry, wanted: dict[str, Any], expected: list[str])
     assert everything.total == len(everything.adapters)
     assert filled.search(Query(**wanted)).total == everything.total
     assert not everything.more
+
+
+def test_a_composed_mixture_is_found_by_its_method_too(registry: Registry) -> None:
+    registry.add_mixture(local("/w/out", name="out"), mixture("mix"))
+    for kind, expected in (("Learn", ["out"]), ("lora", ["out"]), ("mixlora", [])):
+        assert names(registry, peft_type=kind) == expected
 
 
 def test_most_recently_changed_comes_first(filled: Registry) -> None:
