@@ -6,7 +6,7 @@ folder, by the trainer of adapters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,13 @@ from lorahub_registry.compose.expert_facts import DEAD, ExpertRouter, observed
 from lorahub_registry.compose.expert_parts import Parts, experts_in, take_apart, tensors_of
 from lorahub_registry.compose.gates import fit_parameters
 from lorahub_registry.compose.rivals import rival_name, static_rivals
-from lorahub_registry.compose.routed import Routed, by_member, plain_sum
+from lorahub_registry.compose.routed import Routed, by_member, coefficients_of, plain_sum
 from lorahub_registry.evaluate.base import LoadedBase
 from lorahub_registry.evaluate.stock import stock_peft
 from lorahub_registry.evaluate.tokens import Encoded
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.recipes.mixlora import AVERAGE, MixLora
 from lorahub_registry.recipes.model import Recipe
-from lorahub_registry.recipes.routed import LEARN
 from lorahub_registry.runtime.grouped import Share
 from lorahub_registry.runtime.mixlora_names import to_native
 from lorahub_registry.runtime.moe import router_losses
@@ -79,7 +78,10 @@ def make_experts(
     notes += untold
     per_model = rivals.get(rival_name(method.rivals[0]))
     static = per_model.mean() if per_model else None
-    attention = _attention(method, names, static, notes)
+    attention = coefficients_of(
+        method.attention, AVERAGE, names, static, notes,
+        "the attention gets the uniform average of the adapters' parts",
+    )  # fmt: skip
     parts = apart(attention)
     out = folder / FOLDER
     out.mkdir()
@@ -201,16 +203,3 @@ class MoeStanding(Standing):
             logits = [each[own].flatten(0, 1) for each in noted]
             found[number] = torch.stack([*router_losses(logits, self._mix, real).values()]).sum()
         return found
-
-
-def _attention(
-    method: MixLora, names: Sequence[str], static: Mapping[str, float] | None, notes: list[str]
-) -> list[float]:
-    """The coefficient of each adapter's part of the attention."""
-    if method.attention == LEARN and static is not None:
-        return [static[name] for name in names]
-    if method.attention == LEARN:
-        notes.append("the attention gets the uniform average of the adapters' parts")
-    if method.attention in {LEARN, AVERAGE}:
-        return [1 / len(names)] * len(names)
-    return [float(name == method.attention) for name in names]

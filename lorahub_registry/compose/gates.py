@@ -6,7 +6,7 @@ by the trainer of adapters: its optimizer, schedule and order of rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,28 +45,25 @@ class Trained:
 
 
 def start(
-    router: Router, modules: Iterable[str], model: Any, coefficients: Sequence[float]
+    router: Router, coefficients: Mapping[str, Sequence[float]], model: Any
 ) -> dict[str, torch.Tensor]:
     """Gates that give ``coefficients`` whatever they see: W = 0, b = c − 1/k.
 
     Args:
-        modules: that experts sit on; every one has a place for its gate.
+        coefficients: module → one an expert, NaN for those that do not sit there; a gate that
+            decides for several modules starts at their mean.
     """
-    k = len(coefficients)
-    bias = torch.tensor(coefficients) - 1 / k
-    found = {}
-    for place, width in _places(router, modules, model).items():
-        found[f"{place}.{WEIGHT}"] = torch.zeros(k, width)
-        found[f"{place}.{BIAS}"] = bias.clone()
+    found, decided = {}, dict[str, list[str]]()
+    own = router.site == "module"
+    for name in sorted(coefficients):
+        place = name if own else f"{place_of(name, router, model)}.mixture"
+        decided.setdefault(place, []).append(name)
+    for place, modules in sorted(decided.items()):
+        c = torch.tensor([coefficients[name] for name in modules]).nanmean(0).nan_to_num(0.0)
+        width = fans(model.get_submodule(place))[0] if own else width_of(model)
+        found[f"{place}.{WEIGHT}"] = torch.zeros(len(c), width)
+        found[f"{place}.{BIAS}"] = c - 1 / len(c)
     return found
-
-
-def _places(router: Router, modules: Iterable[str], model: Any) -> dict[str, int]:
-    """Where a gate has its tensors → the width of what it sees, sorted."""
-    if router.site == "module":
-        return {name: fans(model.get_submodule(name))[0] for name in sorted(modules)}
-    places = sorted({place_of(name, router, model) for name in modules})
-    return {f"{place}.mixture": width_of(model) for place in places}
 
 
 class GateParameters:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from lorahub_registry.adapters.dynamic import FOLDER, Router
 from lorahub_registry.adapters.layer_order import layer_order
 from lorahub_registry.compose.bench import Means
 from lorahub_registry.compose.expert_facts import ExpertRouter
+from lorahub_registry.compose.fit import Fitted
+from lorahub_registry.compose.forms import Layout
 from lorahub_registry.compose.gates import start, train_gates
 from lorahub_registry.compose.rivals import rival_name, static_rivals
 from lorahub_registry.errors import IncompatibleAdapters
@@ -108,8 +111,7 @@ def route(
         found = prototypes(list(experts.values()))
         tensors = {f"{name}.lora_prototypes": value for name, value in found.items()}
     elif isinstance(method, LoraFlow):
-        begin = _begin(method, list(experts), static, notes)
-        tensors = start(router, modules, base.model, begin)
+        tensors = start(router, _begin(method, list(experts), modules, rivals, notes), base.model)
     else:
         [place] = {place_of(name, router, base.model) for name in modules}
         known = torch.stack([(centroids or {})[name] for name in experts])
@@ -196,17 +198,45 @@ def _check_places(router: Router, members: Sequence[Member], model: Any) -> None
                     ) from None
 
 
-def _begin(
-    method: LoraFlow, names: Sequence[str], static: Mapping[str, float] | None, notes: list[str]
-) -> list[float]:
-    """What the gates say before they are trained."""
-    if method.init == LEARN and static is not None:
+def coefficients_of(
+    choice: str, even: str, names: Sequence[str], static: Mapping[str, float] | None,
+    notes: list[str], instead: str,
+) -> list[float]:  # fmt: skip
+    """One coefficient an adapter, as a recipe says it: learned, uniform, or one adapter alone.
+
+    Args:
+        choice: ``learn``, ``even``, or an adapter's name.
+        even: the recipe's word for uniform.
+        static: what was learned; None, where nothing was.
+        notes: gets ``instead`` where what was to be learned is uniform.
+    """
+    if choice == LEARN and static is not None:
         return [static[name] for name in names]
-    if method.init == LEARN:
-        notes.append("the gates start with the uniform average")
-    if method.init in {LEARN, UNIFORM}:
+    if choice == LEARN:
+        notes.append(instead)
+    if choice in {LEARN, even}:
         return [1 / len(names)] * len(names)
-    return [float(name == method.init) for name in names]
+    return [float(name == choice) for name in names]
+
+
+def _begin(
+    method: LoraFlow, names: Sequence[str], modules: Sequence[str],
+    rivals: Mapping[str, Fitted], notes: list[str],
+) -> dict[str, list[float]]:  # fmt: skip
+    """Module → what its gate says before it is trained, see :func:`~.gates.start`.
+
+    Learned coefficients are those of the finest static mixture that was learned: of what a gate
+    decides for apart. The gates begin as the rival that they have to beat.
+    """
+    for learn in reversed(method.rivals) if method.init == LEARN else ():
+        if fitted := rivals.get(rival_name(learn)):
+            layout, by_set = Layout(modules, learn.per, learn.layer_groups), fitted.by_set()
+            own = {name: by_set[layout.names[layout(name)]] for name in modules}
+            return {name: [c.get(each, math.nan) for each in names] for name, c in own.items()}
+    same = coefficients_of(
+        method.init, UNIFORM, names, None, notes, "the gates start with the uniform average"
+    )
+    return dict.fromkeys(modules, same)
 
 
 def _experts(method: Arrow, deltas: Mapping[str, Deltas]) -> dict[str, Deltas]:

@@ -118,8 +118,8 @@ class LoraFlow(RoutedMethod):
     init: Name = Field(
         default="learn",
         description="What the gates say before they are trained: `learn` for static coefficients "
-        "learned on data.train first, an adapter's name for that adapter alone (as the paper "
-        "does), or `uniform`.",
+        "learned on data.train first, one set for each gate, an adapter's name for that adapter "
+        "alone (as the paper does), or `uniform`.",
     )
     training: GateTraining = Field(
         default=GateTraining(), description="How the gates are trained; defaults as published."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,8 @@ def written(
     share = [1 / len(experts)] * len(experts)
     save_dynamic(
         folder, list(experts.values()), [Origin(name) for name in experts], router,
-        start(router, modules, base.model, share), base=base.name, base_revision=None,
-        task_type=base.task_type,
+        start(router, dict.fromkeys(modules, share), base.model), base=base.name,
+        base_revision=None, task_type=base.task_type,
     )  # fmt: skip
     return folder
 
@@ -291,7 +292,8 @@ def test_a_gpt2_s_layers_and_a_t5_s_modules(
 @pytest.mark.parametrize("per", ["layer", "module", "model"])
 def test_gates_start_at_the_coefficients_they_are_given(tiny_llama: tiny.Tiny, per: str) -> None:
     modules = sorted(deltas(tiny_llama, "wide"))
-    found = start(dynamic.LoraFlow(per), modules, tiny_llama.model(), [0.9, -0.4])  # type: ignore[arg-type]
+    said = {name: [0.9, -0.4] for name in modules}
+    found = start(dynamic.LoraFlow(per), said, tiny_llama.model())  # type: ignore[arg-type]
     places = {"layer": 2, "module": len(modules), "model": 1}[per]
     assert len(found) == 2 * places
     for name, value in found.items():
@@ -301,3 +303,18 @@ def test_gates_start_at_the_coefficients_they_are_given(tiny_llama: tiny.Tiny, p
             assert not value.any()
             fan_in = 48 if "down_proj" in name else 32
             assert value.shape == (2, fan_in)
+
+
+def test_a_gate_of_several_modules_starts_at_their_mean_over_those_an_expert_sits_on(
+    tiny_llama: tiny.Tiny,
+) -> None:
+    layers = "model.layers.0.self_attn", "model.layers.1.self_attn"
+    said = {
+        f"{layers[0]}.q_proj": [0.9, math.nan, math.nan],
+        f"{layers[0]}.v_proj": [0.5, 0.2, math.nan],
+        f"{layers[1]}.q_proj": [0.1, 0.3, math.nan],
+    }
+    found = start(dynamic.LoraFlow("layer"), said, tiny_llama.model())
+    for n, expected in enumerate(([0.7, 0.2, 0.0], [0.1, 0.3, 0.0])):
+        bias = found[f"model.layers.{n}.mixture.lora_gate_bias"]
+        torch.testing.assert_close(bias + 1 / 3, torch.tensor(expected))

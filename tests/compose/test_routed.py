@@ -208,12 +208,25 @@ def test_it_starts_as_one_adapter_where_it_is_told_to(
     assert made.table["mixture"] == pytest.approx(made.table["wide"], rel=1e-5)
 
 
-def test_it_starts_with_the_learned_static_coefficients(
+@pytest.mark.parametrize("per", ["layer", "module", "model"])
+def test_it_starts_as_the_static_mixture_that_it_has_to_beat(
+    tiny_llama: tiny.Tiny, tmp_path: Path, per: str
+) -> None:
+    method = {"type": "lora_flow", "per": per, "training": STILL}
+    made = mix(tiny_llama, tmp_path / "out", method, train=12)
+    rival = MODEL.replace("(per model)", f"(per {per})")
+    assert made.table["mixture"] == pytest.approx(made.table[rival], rel=1e-5)
+    if per == "model":
+        assert made.made.coefficients == pytest.approx(made.facts["routing"]["static"], abs=1e-5)
+    else:
+        assert made.table[rival] != pytest.approx(made.table[MODEL], rel=1e-4)
+
+
+def test_it_starts_as_the_next_coarser_one_where_that_cannot_be_learned(
     tiny_llama: tiny.Tiny, tmp_path: Path
 ) -> None:
-    method = {"type": "lora_flow", "training": STILL}
-    made = mix(tiny_llama, tmp_path / "out", method)
-    assert made.made.coefficients == pytest.approx(made.facts["routing"]["static"], abs=1e-5)
+    method = {"type": "lora_flow", "per": "module", "training": STILL}
+    made = mix(tiny_llama, tmp_path / "out", method, train=1)  # too few rows for one a module
     assert made.table["mixture"] == pytest.approx(made.table[MODEL], rel=1e-5)
 
 
