@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Read when torch, transformers and huggingface_hub are imported, so they stand before any import.
 os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
@@ -23,6 +24,10 @@ from tests import tiny
 # No test depends on time, and none leaves files in the checkout.
 hypothesis.settings.register_profile("lorareg", deadline=None, database=None)
 hypothesis.settings.load_profile("lorareg")
+
+# Of a run in the background a shell has it ignored, and tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
