@@ -169,6 +169,7 @@ class MoeStanding(Standing):
         self._flow = next(layer.flow for _, layer in layers_of(self._model))
         self._mix, self._adapter = model.peft_config[adapter].mix, adapter
         self._real: torch.Tensor | None = None
+        self._shares: Sequence[Share] = ()
 
     def __enter__(self) -> MoeStanding:
         # A model in training collects its routers' logits of itself; this one is not.
@@ -184,20 +185,20 @@ class MoeStanding(Standing):
 
     def begin(self, shares: Sequence[Share], real: torch.Tensor | None) -> None:
         """See :meth:`~lorahub_registry.runtime.grouped.Grouped.begin`."""
-        self._real = real
+        self._shares, self._real = shares, real
 
-    def extra(self, shares: Sequence[Share]) -> dict[int, torch.Tensor]:
+    def extra(self) -> dict[int, torch.Tensor]:
         """See :meth:`~lorahub_registry.runtime.grouped.Grouped.extra`."""
         if not self._mix.router_loss:
             return {}
-        rows = max(share.stop for share in shares)
+        rows = max(share.stop for share in self._shares)
         noted = [
             logits.view(rows, -1, logits.shape[-1])
             for (name, _), logits in sorted(self._flow.logits.items())
             if name == self._adapter
         ]
         found = {}
-        for number, share in enumerate(shares):
+        for number, share in enumerate(self._shares):
             own = slice(share.start, share.stop)
             real = None if self._real is None else self._real[own].flatten()
             logits = [each[own].flatten(0, 1) for each in noted]

@@ -130,8 +130,8 @@ class Grouped:
         self.shares, self.real = shares, real
         self.noted.clear()
 
-    def extra(self, shares: Sequence[Share]) -> dict[int, torch.Tensor]:
-        """Number of a share of the last forward → a loss of its own, beside that of its tokens."""
+    def extra(self) -> dict[int, torch.Tensor]:
+        """Number of a share of the last ``begin`` → a loss of its own, beside its tokens'."""
         return losses_of(self.noted)
 
 

@@ -38,7 +38,7 @@ class Standing:
     def begin(self, shares: Sequence[Share], real: torch.Tensor | None) -> None:
         """See :meth:`~lorahub_registry.runtime.grouped.Grouped.begin`."""
 
-    def extra(self, shares: Sequence[Share]) -> dict[int, torch.Tensor]:
+    def extra(self) -> dict[int, torch.Tensor]:
         """See :meth:`~lorahub_registry.runtime.grouped.Grouped.extra`."""
         return {}
 
@@ -95,7 +95,7 @@ class Passes:
             each = torch.tensor(weights, device=losses.device)
             each = each.repeat_interleave(torch.tensor(sizes, device=losses.device))
             total = (losses * each).sum()
-            for number, value in self._grouped.extra(shares).items():
+            for number, value in self._grouped.extra().items():
                 adapter = shares[number].adapter
                 # Of its part of the step, as the tokens' loss is.
                 part = group[number].outputs / outputs[adapter]

@@ -335,7 +335,7 @@ def test_what_balances_is_the_formula_of_each_micro_batch_without_its_padding(
             standing.begin(shares, real)
             with model.watching(lambda _, layer, found, *rest: heard.append(found)):
                 model(ids, attention_mask=real.long())
-            extra = standing.extra(shares)
+            extra = standing.extra()
             assert all(value.requires_grad for value in extra.values())
             assert not model.training
     for number, kept in enumerate([[0, 1, 2, 3], [4, 5, 6, 8, 9]]):
