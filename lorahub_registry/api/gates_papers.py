@@ -70,9 +70,14 @@ def agreed_license(
 
 def write_papers(folder: Path, facts: Mapping[str, Any]) -> None:
     """Write the facts, the lock and the card into a mixture's folder."""
+    put_papers(folder, facts, _lock(facts))
+
+
+def put_papers(folder: Path, facts: Mapping[str, Any], lock: Lock) -> None:
+    """The same, of whatever was converted."""
     text = json.dumps(facts, indent=2) + "\n"
     (folder / RESULTS_NAME).write_text(text, encoding="utf-8")
-    (folder / LOCK_NAME).write_text(_lock(facts).dumps(), encoding="utf-8")
+    (folder / LOCK_NAME).write_text(lock.dumps(), encoding="utf-8")
     write_card(folder)
 
 
@@ -96,7 +101,7 @@ def enter(folder: Path, facts: Mapping[str, Any], registry: Registry) -> StoredA
         method=METHOD,
         # No recipe made it; a command did.
         recipe_yaml=f"# {facts['made_by']}\n",
-        recipe_digest=_digest(facts),
+        recipe_digest=command_digest(facts),
         seed=0,
         verdict=UNMEASURED,
         members=tuple(
@@ -128,7 +133,7 @@ def _lock(facts: Mapping[str, Any]) -> Lock:
     base, gates = facts["base"], facts["gates"]
     named = gates["ref"] or gates["file"]
     return Lock(
-        recipe=_digest(facts),
+        recipe=command_digest(facts),
         base=Pin(base["name"], base["revision"], digest=base["digest"]),
         adapters={
             m["name"]: Pin(m["ref"], m["revision"], m["files"], m["digest"])
@@ -138,6 +143,6 @@ def _lock(facts: Mapping[str, Any]) -> Lock:
     )
 
 
-def _digest(facts: Mapping[str, Any]) -> str:
-    """Over the command that made it, which says the gates' temperature and the adapters' order."""
+def command_digest(facts: Mapping[str, Any]) -> str:
+    """Over the command that made it, which says all that was chosen: in the place of a recipe's."""
     return sha256(facts["made_by"].encode()).hexdigest()

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorahub_registry.adapters.dynamic import FOLDER, PEFT_TYPE, folder_to_run
-from lorahub_registry.adapters.facts import read_config
+from lorahub_registry.adapters.facts import digest_of, read_config
 from lorahub_registry.adapters.tensors import WEIGHTS_NAME
 from lorahub_registry.card import (
     GATES_NAME,
+    holds_experts,
     is_converted,
     is_generated,
     is_trained,
     read_results,
     write_card,
 )
-from lorahub_registry.errors import OutputError, RecipeError, UnknownRef
+from lorahub_registry.errors import (
+    BaseModelError,
+    BrokenAdapter,
+    OutputError,
+    RecipeError,
+    UnknownRef,
+)
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.refs import expand, looks_like_path
 from lorahub_registry.registry.store import Registry
@@ -49,7 +57,7 @@ def folder_of(place: str | Path, registry: Registry | None = None) -> Path:
 
 
 def card(place: str | Path, *, registry: Registry | None = None, repo: str | None = None) -> Path:
-    """Write the card of a mixture or trained adapter again, from its other files; its path.
+    """Write the card of a mixture or an adapter again, from its other files; its path.
 
     Args:
         repo: the Hub id it will have, for the code that loads it.
@@ -68,8 +76,8 @@ def push(
     message: str | None = None,
     progress: Progress = silent,
 ) -> PushResult:
-    """Publish a mixture or a trained adapter: one atomic commit with its parent checked, its card
-    made for ``repo``.
+    """Publish a mixture, a trained or a converted adapter: one atomic commit with its parent
+    checked, its card made for ``repo``.
 
     Args:
         place: its folder, or its name in the registry.
@@ -80,6 +88,7 @@ def push(
     Raises:
         RecipeError: no licence is known for it.
         OutputError: something in it may not be published: a local path, a token.
+        BaseModelError: nothing tells the base of a converted adapter.
         BrokenAdapter: it decides while it runs, and what does that is damaged or missing.
         HubError: the Hub refused, or the branch moved meanwhile.
     """
@@ -95,7 +104,7 @@ def push(
         raise RecipeError(
             f"{facts['name']}: its licence is unknown, and the unknown is not published", hint=hint
         )
-    # Of converted gates, the base may be on the Hub and only its revision unknown.
+    # Of what was converted, the base may be on the Hub and only its revision unknown.
     if not facts["base"]["revision"] and not (is_converted(facts) and not facts["base"]["digest"]):
         progress.warn(
             f"its base, {facts['base']['name']}, is a folder of yours: others can load it only "
@@ -116,6 +125,8 @@ def push(
                 load_dynamic(folder / FOLDER)
             else:
                 read_mixlora(folder / FOLDER)
+    if holds_experts(facts):
+        _check_experts(folder, facts)
     if (folder / GATES_NAME).is_file():
         progress.say(f"{GATES_NAME} shows one of your rows, and is published with the rest")
     if not is_generated(folder):
@@ -132,3 +143,20 @@ def push(
         dry_run=dry_run,
         progress=progress,
     )
+
+
+def _check_experts(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Whether a converted adapter is what its card says."""
+    from lorahub_registry.weights.mixlora import read_mixlora
+
+    if facts["base"]["name"] is None:
+        raise BaseModelError(
+            f"{facts['name']}: nothing tells its base, and nobody could load it",
+            hint="lorareg add SOURCE --base ID, and convert it again with --force",
+        )
+    read_mixlora(folder)
+    if digest_of(folder) != facts["digest"]:
+        raise BrokenAdapter(
+            f"{folder / WEIGHTS_NAME}: these are not the tensors that were converted",
+            hint="convert again with --force",
+        )

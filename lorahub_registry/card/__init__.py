@@ -1,8 +1,9 @@
-"""From facts to a README.md: the card of a mixture or of a trained adapter, as the Hub shows it.
+"""From facts to a README.md: the card of a mixture or of an adapter, as the Hub shows it.
 
 Facts come from the adapter's own files: ``results.json``, and the recipe or factory that made it.
-The templates are ``cards/mixture.md.jinja`` and ``cards/adapter.md.jinja``. Whatever is shown is
-escaped, and a missing fact is an error, not a gap.
+The templates in ``cards/`` are ``mixture``, ``adapter`` (trained), ``converted`` (gates) and
+``experts`` (a converted MixLoRA, LoRAMoE or MoLA). Whatever is shown is escaped, and a missing
+fact is an error, not a gap.
 """
 
 from lorahub_registry.card.files import (
@@ -17,7 +18,13 @@ from lorahub_registry.card.files import (
     read_results,
     write_card,
 )
-from lorahub_registry.card.front import is_converted, is_trained, license_id, metadata
+from lorahub_registry.card.front import (
+    holds_experts,
+    is_converted,
+    is_trained,
+    license_id,
+    metadata,
+)
 from lorahub_registry.card.markdown import cell, code, fence, literal, plusminus
 from lorahub_registry.card.page import render
 
@@ -32,6 +39,7 @@ __all__ = [
     "cell",
     "code",
     "fence",
+    "holds_experts",
     "is_converted",
     "is_generated",
     "is_trained",

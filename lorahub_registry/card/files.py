@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorahub_registry.card.front import is_converted, is_trained
+from lorahub_registry.card.front import holds_experts, is_converted, is_trained
 from lorahub_registry.card.page import render
 from lorahub_registry.errors import OutputError
 
@@ -22,10 +22,11 @@ LOG_NAME = "training.jsonl"
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """The facts beside a mixture or a trained adapter (see :func:`is_trained`).
+    """The facts beside a mixture, a trained adapter or a converted one (see :func:`is_trained`,
+    :func:`holds_experts`).
 
     Raises:
-        OutputError: there are none: it is neither, or not whole.
+        OutputError: there are none: it is none of these, or not whole.
     """
     path = folder / RESULTS_NAME
     try:
@@ -34,23 +35,25 @@ def read_results(folder: Path) -> dict[str, Any]:
         raise OutputError(
             f"{folder} holds no {RESULTS_NAME}, so it is nothing that lorareg mixed or trained",
             hint="cards are written for what `lorareg compose`, `lorareg train` or "
-            "`lorareg convert --gate` made",
+            "`lorareg convert` (--gate, --to peft) made",
         ) from None
     except (OSError, ValueError) as error:
         raise OutputError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(found, dict) or not ("members" in found or is_trained(found)):
-        raise OutputError(f"{path}: neither the results of a mixture nor of training")
+    if not isinstance(found, dict) or not (
+        "members" in found or is_trained(found) or holds_experts(found)
+    ):
+        raise OutputError(f"{path}: the results of no mixture, no training and no conversion")
     return found
 
 
 def write_card(folder: Path, *, repo: str | None = None) -> Path:
-    """Write ``README.md`` into the folder of a mixture or trained adapter, from its other files.
+    """Write ``README.md`` into the folder of a mixture or an adapter, from its other files.
 
     Args:
         repo: the Hub id it will have, for the code that loads it.
 
     Raises:
-        OutputError: the folder holds neither, or not all of it.
+        OutputError: the folder holds no results, or not all of it.
     """
     path, facts = folder / "README.md", read_results(folder)
     path.write_text(render(facts, _recipe(folder, facts), repo=repo), encoding="utf-8")

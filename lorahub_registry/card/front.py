@@ -15,34 +15,44 @@ def is_trained(facts: Mapping[str, Any]) -> bool:
 
 
 def is_converted(facts: Mapping[str, Any]) -> bool:
-    """Whether these are of published gates: a mixture that no recipe made."""
+    """Whether these are of published files that ``convert`` took: no recipe made them."""
     return facts.get("kind") == "converted"
 
 
+def holds_experts(facts: Mapping[str, Any]) -> bool:
+    """Whether what was converted is a MixLoRA, LoRAMoE or MoLA; else it is gates' mixture."""
+    return is_converted(facts) and "experts" in facts
+
+
 def metadata(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The front matter. The language is not said: nothing here knows it."""
+    """The front matter.
+
+    Languages are said where a converted adapter's own card has said them; nothing here knows them.
+    The base of such an adapter may be unknown (None), and is then left out.
+    """
     base = facts["base"]["name"]
-    trained = is_trained(facts)
+    trained, experts = is_trained(facts), holds_experts(facts)
     pipeline = "text2text-generation" if facts["seq2seq"] else "text-generation"
-    kinds = ["mixlora"] if facts.get("experts") else []
+    kinds = [facts["method"]["type"]] if experts else ["mixlora"] if facts.get("experts") else []
     tags = [
         "lora",
         *kinds,
         "lorareg",
-        *([] if trained else ["merge"]),
-        f"base_model:adapter:{base}",
+        *([] if trained or experts else ["merge"]),
+        *([f"base_model:adapter:{base}"] if base else []),
     ]
-    if trained:
+    if trained or experts:
         tags += [skill for skill in facts["skills"] if skill not in tags]
     found: dict[str, Any] = {
-        "base_model": base,
-        "base_model_relation": "adapter",
+        **({"base_model": base, "base_model_relation": "adapter"} if base else {}),
         "library_name": "peft",
         "pipeline_tag": pipeline,
         "tags": tags,
     }
     if facts["license"]:
         found["license"] = license_id(facts["license"])
+    if facts.get("languages"):
+        found["language"] = list(facts["languages"])
     if facts["datasets"]:
         found["datasets"] = list(facts["datasets"])
     if facts.get("test"):

@@ -9,18 +9,19 @@ import jinja2
 import yaml
 
 from lorahub_registry import resources
-from lorahub_registry.card.front import is_converted, is_trained, metadata
+from lorahub_registry.adapters.experts import told
+from lorahub_registry.card.front import holds_experts, is_converted, is_trained, metadata
 from lorahub_registry.card.markdown import cell, code, fence, literal, option, plusminus, point
 from lorahub_registry.errors import OutputError
 
 
 def render(facts: Mapping[str, Any], recipe: str, *, repo: str | None = None) -> str:
-    """The card of a mixture, composed or converted, or of a trained adapter.
+    """The card of a mixture, composed or converted, or of a trained or converted adapter.
 
     Args:
         facts: what ``results.json`` holds.
         recipe: the YAML that made it, resolved: a recipe, or a factory of this one adapter; "" of
-            converted gates.
+            what was converted.
 
     Raises:
         OutputError: a fact that the card needs is missing.
@@ -38,15 +39,17 @@ def render(facts: Mapping[str, Any], recipe: str, *, repo: str | None = None) ->
     )
     environment.filters |= {"cell": cell, "code": code, "fence": fence, "literal": literal}
     environment.filters |= {"option": option, "plusminus": plusminus, "point": point}
-    template = "mixture"
-    if is_trained(facts) or is_converted(facts):
-        template = "adapter" if is_trained(facts) else "converted"
+    template = "adapter" if is_trained(facts) else "mixture"
+    if is_converted(facts):
+        template = "experts" if holds_experts(facts) else "converted"
     try:
+        more = {"rows": told(facts["experts"])} if holds_experts(facts) else {}
         body = environment.get_template(f"{template}.md.jinja").render(
             **facts,
             recipe=recipe.rstrip("\n"),
             repo=repo or f"OWNER/{facts['name']}",
             presets=PRESETS,
+            **more,
         )
         front = metadata(facts)
     except jinja2.TemplateError as error:

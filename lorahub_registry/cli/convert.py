@@ -43,7 +43,7 @@ class _Lists(click.Command):
 @click.option("--temperature", type=float,
               help="Of the gates; default: 1, or what is known of published ones.")  # fmt: skip
 @click.option("--license", metavar="ID",
-              help="The mixture's; default: what its adapters' cards agree on.")  # fmt: skip
+              help="Of what is made; default: what the sources' cards agree on.")  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace what an earlier run wrote.")
 @click.option("--timeout", "timeout_s", type=click.FloatRange(min=1), default=600.0,
               show_default=True, help="Seconds after which a pickle is given up.")  # fmt: skip
@@ -74,14 +74,15 @@ def convert(
 
     With --to, a MixLoRA, LoRAMoE or MoLA adapter is written to DEST in another layout. peft is
     safetensors under today's names, which PeftModel.from_pretrained loads, all three of them,
-    after "import lorahub_registry.runtime"; mixlora is the adapter_model.bin that the packages
-    mixlora and moe_peft read. Either layout is taken, of any age; see docs/mixlora.md.
+    after "import lorahub_registry.runtime"; it gets a card, which keeps the source's, and can be
+    pushed. mixlora is the adapter_model.bin that the packages mixlora and moe_peft read. Either
+    layout is taken, of any age; see docs/mixlora.md.
 
     \b
     Examples:
       lorareg convert uukuguy/Mistral-7B-OpenOrca-lora
       lorareg convert Bowen232/LoRA-Flow --gate Gates/zh_math.pt --adapters LoRAs/zh_lora LoRAs/math_lora
-      lorareg convert ./m-lora-checkpoint my-mixlora --to peft
+      lorareg convert ./m-lora-checkpoint my-mixlora --to peft --license apache-2.0
     """  # noqa: E501
     if layout is None and target is not None:
         raise click.UsageError("DEST goes with --to")
@@ -92,14 +93,17 @@ def convert(
                license=license, force=force, timeout_s=timeout_s)  # fmt: skip
         return
     given = {"--adapters": adapters, "--out": folder, "--base": base,
-             "--force": force and layout is None, "--license": license,
              "--temperature": temperature is not None}  # fmt: skip
     if alone := [option for option, value in given.items() if value]:
         raise click.UsageError(f"{alone[0]} goes with --gate")
+    if force and layout is None:
+        raise click.UsageError("--force goes with --gate or --to")
+    if license is not None and layout != "peft":
+        raise click.UsageError("--license goes with --gate or --to peft")
     if layout is not None:
         if target is None:
             raise click.UsageError(f"--to {layout} wants a second folder, to write to")
-        _experts(place, target, layout, out, timeout_s=timeout_s, force=force)
+        _experts(place, target, layout, out, license=license, timeout_s=timeout_s, force=force)
         return
     from lorahub_registry.api.convert import convert as run
     from lorahub_registry.cli.shown import row, short_ref
@@ -115,11 +119,11 @@ def convert(
 def _experts(
     place: str, target: Path, layout: Literal["peft", "mixlora"], out: Output, **options: Any
 ) -> None:
+    from lorahub_registry.adapters.experts import of_mix, told
     from lorahub_registry.api.convert_experts import convert_experts
-    from lorahub_registry.cli import experts
 
     made = convert_experts(place, target, layout, progress=out, **options)
-    rows = [("kind", made.mix.kind), *experts.told(experts.of_mix(made.mix))]
+    rows = [("kind", made.mix.kind), *told(of_mix(made.mix))]
     page = "\n".join(f"{title:<12}{clean(text)}" for title, text in rows)
     out.record(made.report(), page, quiet=str(made.path))
     for note in made.notes:
