@@ -45,6 +45,8 @@ from lorahub_registry.weights.files import load_deltas
 from lorahub_registry.weights.lowrank import Deltas, LowRank, weighted_sum
 from lorahub_registry.weights.prototypes import prototypes, without_general
 
+_TOKENS = 10  # of the rows' outputs for each coefficient that gates start at, at the least
+
 
 @dataclass(frozen=True)
 class Routed:
@@ -111,7 +113,9 @@ def route(
         found = prototypes(list(experts.values()))
         tensors = {f"{name}.lora_prototypes": value for name, value in found.items()}
     elif isinstance(method, LoraFlow):
-        tensors = start(router, _begin(method, list(experts), modules, rivals, notes), base.model)
+        tokens = sum(len(row.output) for row in train)
+        begin = _begin(method, list(experts), modules, rivals, tokens, notes)
+        tensors = start(router, begin, base.model)
     else:
         [place] = {place_of(name, router, base.model) for name in modules}
         known = torch.stack([(centroids or {})[name] for name in experts])
@@ -221,15 +225,22 @@ def coefficients_of(
 
 def _begin(
     method: LoraFlow, names: Sequence[str], modules: Sequence[str],
-    rivals: Mapping[str, Fitted], notes: list[str],
+    rivals: Mapping[str, Fitted], tokens: int, notes: list[str],
 ) -> dict[str, list[float]]:  # fmt: skip
     """Module → what its gate says before it is trained, see :func:`~.gates.start`.
 
-    Learned coefficients are those of the finest static mixture that was learned: of what a gate
-    decides for apart. The gates begin as the rival that they have to beat.
+    Learned coefficients are those of the finest static mixture that was learned, of what a gate
+    decides for apart, unless the rows' ``tokens`` are too few for so many: the gates begin as the
+    rival that they have to beat, and not as one that knows the rows by heart.
     """
     for learn in reversed(method.rivals) if method.init == LEARN else ():
-        if fitted := rivals.get(rival_name(learn)):
+        fitted = rivals.get(rival_name(learn))
+        if fitted and learn.per != "model" and tokens < _TOKENS * len(fitted.pairs):
+            notes.append(
+                f"the gates start with coarser coefficients than {rival_name(learn)}: "
+                f"{len(fitted.pairs)} of them from {tokens} output tokens are too many"
+            )
+        elif fitted:
             layout, by_set = Layout(modules, learn.per, learn.layer_groups), fitted.by_set()
             own = {name: by_set[layout.names[layout(name)]] for name in modules}
             return {name: [c.get(each, math.nan) for each in names] for name, c in own.items()}

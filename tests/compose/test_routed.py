@@ -208,12 +208,16 @@ def test_it_starts_as_one_adapter_where_it_is_told_to(
     assert made.table["mixture"] == pytest.approx(made.table["wide"], rel=1e-5)
 
 
+ENOUGH = {"model": 1, "layer": 20, "module": 64}
+"""Rows whose outputs have ten tokens for each coefficient."""
+
+
 @pytest.mark.parametrize("per", ["layer", "module", "model"])
 def test_it_starts_as_the_static_mixture_that_it_has_to_beat(
     tiny_llama: tiny.Tiny, tmp_path: Path, per: str
 ) -> None:
     method = {"type": "lora_flow", "per": per, "training": STILL}
-    made = mix(tiny_llama, tmp_path / "out", method, train=12)
+    made = mix(tiny_llama, tmp_path / "out", method, train=ENOUGH[per])
     rival = MODEL.replace("(per model)", f"(per {per})")
     assert made.table["mixture"] == pytest.approx(made.table[rival], rel=1e-5)
     if per == "model":
@@ -228,6 +232,17 @@ def test_it_starts_as_the_next_coarser_one_where_that_cannot_be_learned(
     method = {"type": "lora_flow", "per": "module", "training": STILL}
     made = mix(tiny_llama, tmp_path / "out", method, train=1)  # too few rows for one a module
     assert made.table["mixture"] == pytest.approx(made.table[MODEL], rel=1e-5)
+
+
+def test_it_starts_as_the_next_coarser_one_where_rows_are_too_few_to_trust_it(
+    tiny_llama: tiny.Tiny, tmp_path: Path
+) -> None:
+    method = {"type": "lora_flow", "training": STILL}
+    made = mix(tiny_llama, tmp_path / "out", method, train=ENOUGH["layer"] // 2)
+    assert made.table["mixture"] == pytest.approx(made.table[MODEL], rel=1e-5)
+    assert made.table["mixture"] != pytest.approx(made.table[LAYER], rel=1e-4)
+    [said] = [note for note in made.made.notes if "coarser" in note]
+    assert said.startswith(f"the gates start with coarser coefficients than {LAYER}: 6 of them")
 
 
 def test_uniform_is_uniform(tiny_llama: tiny.Tiny, tmp_path: Path) -> None:
