@@ -102,4 +102,6 @@ def _no_better(scores: Mapping[str, RowNLL], words: Mapping[str, str]) -> str:
 def _signed(difference: float, stderr: float) -> str:
     side = "lower" if difference < 0 else "higher"
     error = f" ± {stderr:.3f}" if math.isfinite(stderr) else ", on a single row,"
-    return f"its NLL is {abs(difference):.3f}{error} {side}"
+    # It is said only where the mixture is no better: lower by so little may be chance.
+    chance = f", within {ERRORS:g} standard errors" if side == "lower" and error[:2] == " ±" else ""
+    return f"the mixture's NLL is {abs(difference):.3f}{error} {side}{chance}"

@@ -75,6 +75,6 @@ def test_where_one_adapter_is_best_it_says_so_and_whose_it_is(lorareg, kitchen, 
     verdict = kitchen.results()["verdict"]
     assert not verdict["win"]
     assert verdict["against"] == "upper"
-    assert done.lines[-1].startswith("zog_upper is no better than upper: use upper (its NLL is ")
+    assert done.lines[-1].startswith("zog_upper is no better than upper: use upper (the mixture's ")
     assert "**Verdict:** no better than upper: use upper" in (kitchen.out / "README.md").read_text()
     assert lorareg("show", "zog_upper", "--json").json["mixture"]["verdict"] == verdict["text"]

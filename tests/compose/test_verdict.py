@@ -56,13 +56,15 @@ def test_the_line_is_two_standard_errors(difference: float, noise: float, win: b
 def test_no_better_names_what_to_use() -> None:
     found = judge(scores(at(1.55, 0.2)), ["zog", "arr"])
     assert not found.win
-    assert found.text == "no better than arr: use arr (its NLL is 0.050 ± 0.020 higher)"
+    assert found.text == "no better than arr: use arr (the mixture's NLL is 0.050 ± 0.020 higher)"
 
 
 def test_the_base_is_named_where_it_beats_every_adapter() -> None:
     found = judge(scores(at(1.45), base=1.2), ["zog", "arr"])
     assert (found.win, found.against) == (False, "base")
-    assert found.text.startswith("no better than the base: use the base (its NLL is 0.250")
+    assert found.text.startswith(
+        "no better than the base: use the base (the mixture's NLL is 0.250"
+    )
     found = judge(scores(at(1.0, 0.2), base=1.2), ["zog", "arr"])
     assert found.text == "beats the base by 0.200 ± 0.020 NLL"
 
@@ -75,7 +77,8 @@ def test_a_win_no_better_than_the_uniform_average_says_so() -> None:
     found = judge(scores(at(1.4, 0.2), uniform=1.42), ["zog", "arr"])
     assert found.win
     assert found.text.endswith(
-        "; it is no better than the uniform average (its NLL is 0.020 ± 0.020 lower)"
+        "; it is no better than the uniform average (the mixture's NLL is 0.020 ± 0.020 lower, "
+        "within 2 standard errors)"
     )
     assert "uniform" not in judge(scores(at(1.4, 0.2), uniform=1.5), ["zog", "arr"]).text
 
@@ -129,7 +132,9 @@ def test_it_does_not_win_by_beating_single_adapters_alone(
     assert (found.win, found.against) == (False, against)
     use = f"the {against}"
     assert found.text.startswith(f"no better than {use}: use {use}")
-    assert found.text.endswith(" (its NLL is 0.010 ± 0.020 lower)")
+    assert found.text.endswith(
+        " (the mixture's NLL is 0.010 ± 0.020 lower, within 2 standard errors)"
+    )
     assert ("which method" in found.text) == (against == STATIC)
 
 
@@ -138,13 +143,14 @@ def test_what_is_certainly_worse_is_called_worse() -> None:
     assert not found.win
     assert found.text == (
         f"worse than the {STATIC}: use the {STATIC}, which method: {{type: learn, optimizer: "
-        "gradient, l1: 0, per: layer_group, layer_groups: 256} makes (its NLL is 0.050 ± 0.020 "
-        "higher)"
+        "gradient, l1: 0, per: layer_group, layer_groups: 256} makes "
+        "(the mixture's NLL is 0.050 ± 0.020 higher)"
     )
     assert judge(decides(at(1.48, 0.2)), ["zog", "arr"]).text.startswith("no better than the l")
     assert judge(decides(at(1.9), static=1.8), ["zog", "arr"]).text.startswith("worse than arr: u")
     base = decides(at(1.4)) | {"base": at(1.2)}
-    assert judge(base, ["zog", "arr"]).text.startswith("worse than the base: use the base (its")
+    text = judge(base, ["zog", "arr"]).text
+    assert text.startswith("worse than the base: use the base (the mixture's")
 
 
 def test_static_coefficients_are_named_with_the_recipe_that_makes_them() -> None:
@@ -161,7 +167,10 @@ def test_a_noisy_one_that_is_not_the_best_is_named_beside_the_win() -> None:
     noisy = decides(at(1.4)) | {"zog": at(1.46, 0.5)}
     found = judge(noisy, ["zog", "arr"])
     assert (found.win, found.against) == (True, STATIC)
-    assert found.text.endswith("; it is no better than zog (its NLL is 0.060 ± 0.050 lower)")
+    assert found.text.endswith(
+        "; it is no better than zog (the mixture's NLL is 0.060 ± 0.050 lower, "
+        "within 2 standard errors)"
+    )
 
 
 def test_of_one_that_decides_one_row_is_no_proof_and_broken_ones_do_not_count() -> None:
