@@ -109,6 +109,7 @@ class MixLora:
         router_loss: whether training adds the balancing loss.
         router_init_range: standard deviation of a new MixLoRA router; what LoRAMoE and MoLA pass
             to Kaiming's initialisation as the square of ``a``.
+        revision: the base's commit, where it is known.
     """
 
     kind: Kind
@@ -124,6 +125,7 @@ class MixLora:
     router_init_range: float = 0.02
     jitter_noise: float = 0.0
     base: str | None = None
+    revision: str | None = None
     task_type: str | None = "CAUSAL_LM"
 
     @property
@@ -182,6 +184,7 @@ def parse_mixlora(raw: Mapping[str, Any], where: str) -> MixLora:
         router_init_range=read.number("router_init_range", _init_range(kind, strategy)),
         jitter_noise=0.0 if plugged else read.number("jitter_noise", 0.01 if switch else 0.0),
         base=read.text("base_model_name_or_path"),
+        revision=read.text("revision"),
         task_type=read.text("task_type"),
     )
     if read.problems:
@@ -219,6 +222,8 @@ def to_config(mix: MixLora) -> dict[str, Any]:
         out["task_type"] = mix.task_type
     if mix.base is not None:
         out["base_model_name_or_path"] = mix.base
+    if mix.revision is not None:
+        out["revision"] = mix.revision
     out |= _part(mix.attention)
     out["target_modules"] = list(mix.target_modules)
     if mix.experts != mix.attention:
@@ -250,6 +255,40 @@ def to_config(mix: MixLora) -> dict[str, Any]:
     )
     was, now = asdict(plain), asdict(mix)
     return out | {key: now[key] for key in _SELDOM if now[key] != was[key]}
+
+
+def differing(mix: MixLora, other: MixLora) -> list[str]:
+    """What of ``other`` makes the same tensors compute something else than ``mix`` does: keys
+    with both values, a clause each. What only training reads is left out."""
+    ours, theirs = _running(mix), _running(other)
+    return [
+        f"{key} is {_value(theirs, key)} and not {_value(ours, key)}"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key)
+    ]
+
+
+def _value(said: Mapping[str, Any], key: str) -> str:
+    return short(said[key]) if key in said else "absent"
+
+
+def _running(mix: MixLora) -> dict[str, Any]:
+    routing = mix.routing
+    if isinstance(routing, Switch):
+        step = None if routing.sparse_step == 1 else routing.sparse_step
+        routing = replace(routing, dropout=0.0, sparse_step=step)
+    said = to_config(
+        replace(
+            mix,
+            routing=routing,
+            attention=replace(mix.attention, lora_dropout=0.0),
+            experts=replace(mix.experts, lora_dropout=0.0),
+            base=None,
+            revision=None,
+            task_type=None,
+        )
+    )
+    return {key: value for key, value in said.items() if key not in _SELDOM}
 
 
 _SELDOM = (

@@ -75,6 +75,21 @@ class Key:
         return f"{self.part}.{self.proj}" if self.proj else self.part
 
 
+def native_stem(layer: int | str, part: str, proj: str, prefix: str = "mixlora") -> str:
+    """What the names of a module's tensors begin with, but for ``experts.{e}``.
+
+    Args:
+        part: ``self_attn`` or ``mlp``.
+        prefix: ``mixlora``, ``loramoe`` or ``mola``.
+    """
+    return f"{prefix}.layers.{layer}.{part}.{proj}"
+
+
+def gate_name(layer: int) -> str:
+    """The name of MixLoRA's router in a layer."""
+    return f"mixlora.layers.{layer}.mlp.{GATE}"
+
+
 def parse_key(name: str, mix: MixLora) -> Key | None:
     """``name`` taken apart; None where a ``mix.kind`` has no such tensor."""
     match = _NATIVE.match(name)

@@ -104,7 +104,8 @@ def convert_experts(
         origin = origin_of(place, source, registry)
         base = origin.record.base
         if base.name and (mix.base is None or (layout == "peft" and _other(mix.base, base))):
-            mix = replace(mix, base=base.name)
+            same = mix.base == base.name
+            mix = replace(mix, base=base.name, revision=mix.revision if same else base.revision)
         notes: tuple[str, ...] = ()
         results: dict[str, Any] | None = None
         with new_folder(target, force=force) as folder:

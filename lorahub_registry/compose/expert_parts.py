@@ -12,15 +12,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers.activations import ACT2FN
 
 from lorahub_registry.adapters.config import MAX_RANK
 from lorahub_registry.adapters.mixlora import LoraPart, MixLora, TopK
+from lorahub_registry.adapters.mixlora_keys import gate_name
 from lorahub_registry.errors import IncompatibleAdapters
 from lorahub_registry.recipes.mixlora import MixLora as Method
 from lorahub_registry.runtime.linear import fans
-from lorahub_registry.runtime.mixlora_plan import plan_of
-from lorahub_registry.runtime.mlp import Mlp, decoder_layers, mlp_of
+from lorahub_registry.runtime.mixlora_plan import Plan, activation_of, plan_of
+from lorahub_registry.runtime.mlp import decoder_layers, mlp_of
 from lorahub_registry.runtime.places import width_of
 from lorahub_registry.weights.files import DTYPES
 from lorahub_registry.weights.lowrank import Deltas, LowRank, same_shape, weighted_sum
@@ -77,6 +77,7 @@ def take_apart(
     model: Any,
     *,
     base: str | None,
+    base_revision: str | None,
     task_type: str,
 ) -> Parts:
     """Where everything goes.
@@ -111,10 +112,10 @@ def take_apart(
     mix = MixLora(
         kind="MIXLORA", num_experts=len(adapters), routing=TopK(method.top_k),
         attention=LoraPart(1, 1), experts=LoraPart(1, 1), target_modules=tuple(sorted(targets)),
-        act_fn=_activation(mlp, model),
         router_loss=method.router_aux_loss_coef > 0,
         router_aux_loss_coef=method.router_aux_loss_coef,
-        router_init_range=method.router_init_range, base=base, task_type=task_type,
+        router_init_range=method.router_init_range, base=base, revision=base_revision,
+        task_type=task_type,
     )  # fmt: skip
     plan = plan_of(model, mix)
     routed = {
@@ -130,7 +131,7 @@ def take_apart(
                     f"{name}: {module} is no part of what MixLoRA can change in its layer",
                     hint="leave the adapter out, or weigh it by gates (method: {type: lora_flow})",
                 )
-    sites = _sites(routed, plan.plain, place, inner, adapters, model)
+    sites = _sites(routed, plan, adapters, model)
     experts = tuple({n: d for n, d in each.items() if n in routed} for each in adapters.values())
     others = [{n: d for n, d in each.items() if n not in routed} for each in adapters.values()]
     # Many adapters' ranks may be more than the module has.
@@ -142,7 +143,12 @@ def take_apart(
     }
     rank = _rank(each for deltas in experts for each in deltas.values())
     beside = _rank(attention.values())
-    made = replace(mix, attention=LoraPart(beside, beside), experts=LoraPart(rank, rank))
+    made = replace(
+        mix,
+        attention=LoraPart(beside, beside),
+        experts=LoraPart(rank, rank),
+        act_fn=activation_of((mlp for _, mlp in plan.experts.values()), model),
+    )
     return Parts(made, place, len(plan.experts), sites, experts, attention)
 
 
@@ -158,8 +164,7 @@ def tensors_of(parts: Parts, model: Any, *, dtype: str, seed: int, trains: bool)
     wanted = DTYPES[dtype]
     for layer in sorted({site.layer for site in parts.sites.values() if site.routed}):
         gate = torch.randn(parts.mix.num_experts, width_of(model), generator=generator)
-        name = f"mixlora.layers.{layer}.mlp.moe_gate.weight"
-        found[name] = gate * parts.mix.router_init_range
+        found[gate_name(layer)] = gate * parts.mix.router_init_range
     for module, site in parts.sites.items():
         if not site.routed:
             rank = parts.mix.attention.r
@@ -188,41 +193,16 @@ def experts_in(parts: Parts, tensors: Mapping[str, torch.Tensor]) -> tuple[Delta
     return tuple(found)
 
 
-def _activation(mlp: Mlp, model: Any) -> str | None:
-    """The name of the feed-forward's activation, without which m-LoRA's readers compute nothing;
-    None where transformers has none for it."""
-    config = model.config.get_text_config()
-    for key in ("hidden_activation", "hidden_act", "activation_function"):
-        name = getattr(config, key, None)
-        if isinstance(name, str) and name in ACT2FN and type(ACT2FN[name]) is type(mlp.act):
-            return name
-    return None
-
-
 def _sites(
-    routed: Mapping[str, int],
-    plain: frozenset[str],
-    place: str,
-    inner: str,
-    adapters: Mapping[str, Deltas],
-    model: Any,
+    routed: Mapping[str, int], plan: Plan, adapters: Mapping[str, Deltas], model: Any
 ) -> dict[str, Site]:
     found: dict[str, Site] = {}
-    stems: dict[str, str] = {}
-    for module in sorted({*routed, *plain}):
-        number, _, rest = module.removeprefix(f"{place}.").partition(".")
-        last = rest.rpartition(".")[2]
-        group = "mlp" if rest.startswith(f"{inner}.") else "self_attn"
-        stem = f"mixlora.layers.{number}.{group}.{last}"
-        if (other := stems.setdefault(stem, module)) != module:
-            raise IncompatibleAdapters(
-                f"{other} and {module} have one name in MixLoRA's files ({stem})",
-                hint="weigh the adapters by gates (method: {type: lora_flow})",
-            )
+    for module in sorted({*routed, *plan.plain}):
+        number = module.removeprefix(f"{plan.place}.").partition(".")[0]
         there = [deltas[module] for deltas in adapters.values() if module in deltas]
         same_shape(module, *there)
         shape = there[0].shape if there else fans(model.get_submodule(module))[::-1]
-        found[module] = Site(int(number), stem, shape, module in routed)
+        found[module] = Site(int(number), plan.stems[module], shape, module in routed)
     return found
 
 

@@ -70,8 +70,9 @@ def make_experts(
 
     def apart(coefficients: Sequence[float]) -> Parts:
         return take_apart(
-            method, deltas, coefficients, base.model, base=base.name, task_type=base.task_type
-        )
+            method, deltas, coefficients, base.model, base=base.name,
+            base_revision=base.revision, task_type=base.task_type,
+        )  # fmt: skip
 
     apart([1 / len(names)] * len(names))  # what cannot be is told before anything is learned
     rivals, untold = static_rivals(recipe, members, base, rows, means=means, progress=progress)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import wraps
 from typing import Any, ClassVar
 
 import torch
+from peft import PeftConfig, PeftModel
 from torch import nn
 
 from lorahub_registry.adapters.facts import PREFIX
+from lorahub_registry.adapters.mixlora import MixLora, differing
 from lorahub_registry.errors import BrokenAdapter, IncompatibleAdapters
 from lorahub_registry.runtime.gate_layer import GateLayer
 from lorahub_registry.runtime.layers import MixtureLayer
@@ -18,16 +22,91 @@ _UNLOADED = "_lorareg_unloaded"
 
 
 class OfFile:
-    """A PEFT config that knows whether it was read: the tensors beside it are yet to be loaded."""
+    """A PEFT config that knows whether it was read: the tensors beside it are yet to be loaded.
 
-    from_file = False
+    Attributes:
+        source: what it was read from; None where it was not.
+    """
+
+    source: ClassVar[tuple[Any, ...] | None] = None
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """PEFT's own."""
-        found: Any = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
-        found.from_file = True
+        found: Any = super().from_pretrained(  # type: ignore[misc]
+            pretrained_model_name_or_path, *args, **kwargs
+        )
+        found.source = _source(pretrained_model_name_or_path, **kwargs)
         return found
+
+
+class NativeConfig(OfFile):
+    """m-LoRA's config, which says how to compute with its tensors what they do not say."""
+
+    mix: Any
+    peft_type: Any
+
+    def own_act_fn(self, model: Any) -> str | None:
+        """The name of the base's activation, which a config without one means."""
+        return None
+
+    def withdraw(self, model: Any, adapter: str) -> None:
+        """Take an adapter of this config off a model again, with all that it brought."""
+        withdraw(model, adapter)
+
+    def check_again(self, model: Any, adapter: str, where: str, **hub: Any) -> None:
+        """Whether the adapter in ``where`` is such that its tensors can be loaded over this one's:
+        PEFT loads them, and keeps this config.
+
+        Args:
+            model: what this one is loaded on.
+            hub: how to find ``where`` on the Hub.
+
+        Raises:
+            IncompatibleAdapters: with this config they would be another adapter.
+        """
+        if adapter in _waiting(model) and self.source == _source(where, **hub):
+            return  # it is on its way
+        found: Any = PeftConfig.from_pretrained(where, **hub)
+        kinds = [str(one.peft_type).rpartition(".")[2] for one in (self, found)]
+        if kinds[0] != kinds[1]:
+            clauses = [f"peft_type is {kinds[1]} and not {kinds[0]}"]
+        else:
+            own = self.own_act_fn(model)
+            mine, other = self.mix, type(self).from_pretrained(where, **hub).mix
+            clauses = differing(_named(mine, own), _named(other, own))
+        if clauses:
+            if adapter in _waiting(model):  # nothing of it was ever loaded
+                self.withdraw(model, adapter)
+            raise IncompatibleAdapters(
+                f"{where} cannot be loaded over adapter {adapter!r}, which computes otherwise: "
+                f"{'; '.join(clauses)}",
+                hint=f"model.delete_adapter({adapter!r}) first, or load it by another name",
+            )
+
+
+def _named(mix: MixLora, own: str | None) -> MixLora:
+    return replace(mix, act_fn=mix.act_fn or own)
+
+
+def _source(where: Any, **hub: Any) -> tuple[Any, ...]:
+    return str(where), hub.get("subfolder"), hub.get("revision")
+
+
+_load_adapter = PeftModel.load_adapter
+
+
+@wraps(_load_adapter)
+def _loaded(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    held = self.peft_config.get(adapter_name)
+    if isinstance(held, NativeConfig):
+        hub, _ = self._split_kwargs(kwargs)
+        held.check_again(self, adapter_name, str(model_id), **hub)
+    return _load_adapter(self, model_id, adapter_name, *args, **kwargs)
+
+
+# Of a name that is taken PEFT reads no config, so none of its hooks sees the file's.
+PeftModel.load_adapter = _loaded
 
 
 class NativeNames:
@@ -51,7 +130,12 @@ def bare(model: Any) -> Any:
 def injected(model: nn.Module, adapter: str, config: Any) -> None:
     """An adapter has got its place in this base, and whether its tensors are to follow."""
     waiting = model.__dict__.setdefault(_UNLOADED, set())
-    (waiting.add if config.inference_mode or config.from_file else waiting.discard)(adapter)
+    (waiting.add if config.inference_mode or config.source else waiting.discard)(adapter)
+
+
+def _waiting(model: Any) -> set[str]:
+    found: set[str] = bare(model).__dict__.get(_UNLOADED, set())
+    return found
 
 
 def ran(model: nn.Module) -> None:
@@ -65,7 +149,7 @@ def loading(model: Any, adapter: str, withdraw: Callable[[Any, str], None]) -> I
 
     One that was there before, trained or loaded, stays as it is.
     """
-    waiting = bare(model).__dict__.get(_UNLOADED, set())
+    waiting = _waiting(model)
     try:
         yield
     except Exception:

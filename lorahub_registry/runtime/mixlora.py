@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig
@@ -21,10 +21,15 @@ from torch import nn
 
 from lorahub_registry.adapters.mixlora import MixLora, Switch, parse_mixlora, to_config
 from lorahub_registry.errors import IncompatibleAdapters, UsageError
-from lorahub_registry.runtime.fits import NativeNames, OfFile, injected, loading
-from lorahub_registry.runtime.flow import mixed
+from lorahub_registry.runtime.fits import NativeConfig, NativeNames, bare, injected, loading
+from lorahub_registry.runtime.flow import BASE, mixed
 from lorahub_registry.runtime.mixlora_names import from_native, settled_config, to_native
-from lorahub_registry.runtime.mixlora_plan import all_linear, expert_sizes, plan_of
+from lorahub_registry.runtime.mixlora_plan import (
+    activation_of,
+    all_linear,
+    expert_sizes,
+    plan_of,
+)
 from lorahub_registry.runtime.moe_flow import MoeFlow
 from lorahub_registry.runtime.moe_hooks import tidy as tidy
 from lorahub_registry.runtime.moe_hooks import watch
@@ -46,17 +51,17 @@ _NATIVE = (
 )  # fmt: skip
 _SHARED = (
     "r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "target_modules", "bias",
-    "base_model_name_or_path",
+    "base_model_name_or_path", "revision",
 )  # fmt: skip
 
 _KEPT = frozenset({
-    *_SHARED, "task_type", "peft_type", "auto_mapping", "peft_version", "revision",
+    *_SHARED, "task_type", "peft_type", "auto_mapping", "peft_version",
     "inference_mode", "fan_in_fan_out", "runtime_config",
 })  # fmt: skip
 
 
 @dataclass
-class MixLoraConfig(OfFile, LoraConfig):
+class MixLoraConfig(NativeConfig, LoraConfig):
     """m-LoRA's ``adapter_config.json``: its keys, its defaults.
 
     Attributes:
@@ -85,6 +90,10 @@ class MixLoraConfig(OfFile, LoraConfig):
     router_z_loss_coef: float | None = field(default=None, metadata={"help": "Of switch."})
     router_init_range: float | None = field(default=None, metadata={"help": "Of the gate."})
     jitter_noise: float | None = field(default=None, metadata={"help": "In training."})
+
+    # m-LoRA's own reader wants a name. Of the base that was saved last, for a config may serve
+    # several; it is no setting, which would follow the config to another base.
+    base_act_fn: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         said: Any = vars(self)["target_modules"]
@@ -119,7 +128,17 @@ class MixLoraConfig(OfFile, LoraConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """m-LoRA's keys, none of them null."""
-        return to_config(self.mix)
+        mix = self.mix
+        return to_config(replace(mix, act_fn=mix.act_fn or self.base_act_fn))
+
+    def withdraw(self, model: Any, adapter: str) -> None:
+        """Take an adapter of this config off a model again, with all that it brought."""
+        withdraw(model, adapter)
+
+    def own_act_fn(self, model: Any) -> str | None:
+        """The name of the base's activation; None where it has none."""
+        mlps = (layer.plain for _, layer in layers_of(model))
+        return activation_of(mlps, bare(model))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
@@ -207,6 +226,7 @@ class MixLoraModel(NativeNames, LoraModel):
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:  # fmt: skip
+        config.base_act_fn = config.own_act_fn(model)
         return to_native(model, adapter_name, state_dict)
 
     @classmethod
@@ -224,6 +244,10 @@ class MixLoraModel(NativeNames, LoraModel):
         names = kwargs.get("adapter_names")
         layers = [] if names is None else [m for m in self.modules() if isinstance(m, LoraLayer)]
         before = [set(layer._forward_pre_hooks) for layer in layers]
+        if names is not None:
+            # PEFT knows no adapter that has experts alone; for its own layers it is the base.
+            plain = {adapter for layer in layers for adapter in layer.lora_A}
+            kwargs["adapter_names"] = [name if name in plain else BASE for name in names]
         try:
             with mixed(self, names), super()._enable_peft_forward_hooks(*args, **kwargs):
                 yield

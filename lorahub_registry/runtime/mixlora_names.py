@@ -20,19 +20,31 @@ from lorahub_registry.adapters.mixlora import (
     modern_names,
     settled,
 )
+from lorahub_registry.adapters.mixlora_keys import gate_name
 from lorahub_registry.errors import BrokenAdapter, IncompatibleAdapters
-from lorahub_registry.runtime.moe_layer import ExpertsOf, layers_of
+from lorahub_registry.runtime.mixlora_plan import stem_of
+from lorahub_registry.runtime.moe_layer import ExpertsOf, MoeLayer, layers_of
 
 _PARTS = (("_A", "lora_A.weight", False), ("_B", "lora_B.weight", True),
           ("_magnitude", "lora_magnitude_vector", False))  # fmt: skip
 
 
-def _experts(model: nn.Module, adapter: str) -> Iterator[tuple[str, ExpertsOf, int]]:
+def _experts(
+    model: nn.Module, adapter: str
+) -> Iterator[tuple[str, ExpertsOf, int, dict[str, str]]]:
+    """(name in the model, experts, layer, projection → what its names in the file begin with)."""
     for name, layer in layers_of(model):
         if adapter in layer.lora_experts:
             held = layer.lora_experts[adapter]
             assert isinstance(held, ExpertsOf)
-            yield f"{name}.lora_experts.{adapter}", held, layer.index
+            inner = _inner(name, layer)
+            stems = {p: stem_of(f"{name}.{p}", layer.place, inner) for p in held.names}
+            yield f"{name}.lora_experts.{adapter}", held, layer.index, stems
+
+
+def _inner(name: str, layer: MoeLayer) -> str:
+    """The feed-forward module's name in its layer."""
+    return name.rpartition(f"{layer.place}.")[2].partition(".")[2]
 
 
 def _plain(model: nn.Module, adapter: str) -> Iterator[tuple[str, str]]:
@@ -40,15 +52,11 @@ def _plain(model: nn.Module, adapter: str) -> Iterator[tuple[str, str]]:
     known = next(layers_of(model), None)
     if known is None:
         return
-    place = f"{known[1].place}."
-    inner = known[0].rpartition(place)[2].partition(".")[2]  # the feed-forward's name in its layer
+    place, inner = known[1].place, _inner(*known)
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer) or adapter not in module.lora_A:
             continue
-        index, _, rest = name.rpartition(place)[2].partition(".")
-        last = rest.rpartition(".")[2]
-        group = "mlp" if rest.startswith(f"{inner}.") else "self_attn"
-        native = f"mixlora.layers.{index}.{group}.{last}"
+        native = stem_of(name, place, inner)
         yield f"{name}.lora_A.{adapter}.weight", f"{native}.lora_A.weight"
         yield f"{name}.lora_B.{adapter}.weight", f"{native}.lora_B.weight"
         if adapter in module.lora_magnitude_vector:
@@ -67,17 +75,16 @@ def to_native(
         tensors: the model's, by its own names.
     """
     found = {native: tensors[name] for name, native in _plain(model, adapter)}
-    for name, held, index in _experts(model, adapter):
-        start = f"mixlora.layers.{index}.mlp"
-        found[f"{start}.moe_gate.weight"] = tensors[f"{name}.gate"]
-        for proj in held.names:
+    for name, _, index, stems in _experts(model, adapter):
+        found[gate_name(index)] = tensors[f"{name}.gate"]
+        for proj, stem in stems.items():
             for part, native, turned in _PARTS:
                 stack = tensors.get(f"{name}.{proj}{part}")
                 for e, one in enumerate(() if stack is None else stack):
                     # Of its own storage, for files hold no views.
-                    found[f"{start}.{proj}.experts.{e}.{native}"] = (
-                        one.T if turned else one
-                    ).clone(memory_format=torch.contiguous_format)
+                    found[f"{stem}.experts.{e}.{native}"] = (one.T if turned else one).clone(
+                        memory_format=torch.contiguous_format
+                    )
     return found
 
 
@@ -96,15 +103,14 @@ def from_native(
     where = f"adapter {adapter!r}"
     given = native_tensors(mix, tensors, where)
     found = {name: take(given, native, where) for name, native in _plain(model, adapter)}
-    for name, held, index in _experts(model, adapter):
-        start = f"mixlora.layers.{index}.mlp"
-        found[f"{name}.gate"] = take(given, f"{start}.moe_gate.weight", where)
-        for proj in held.names:
+    for name, held, index, stems in _experts(model, adapter):
+        found[f"{name}.gate"] = take(given, gate_name(index), where)
+        for proj, stem in stems.items():
             for part, native, turned in _PARTS:
                 if not hasattr(held, f"{proj}{part}"):
                     continue
                 each = [
-                    take(given, f"{start}.{proj}.experts.{e}.{native}", where)
+                    take(given, f"{stem}.experts.{e}.{native}", where)
                     for e in range(mix.num_experts)
                 ]
                 found[f"{name}.{proj}{part}"] = torch.stack([t.T if turned else t for t in each])

@@ -21,10 +21,17 @@ from torch import nn
 from lorahub_registry.adapters.dynamic import Dynamic, Expert
 from lorahub_registry.adapters.mixlora import MixLora, TopK, parse_mixlora, to_config
 from lorahub_registry.errors import IncompatibleAdapters, UsageError
-from lorahub_registry.runtime.fits import NativeNames, OfFile, injected, loading, withdraw
+from lorahub_registry.runtime.fits import (
+    NativeConfig,
+    NativeNames,
+    injected,
+    loading,
+    withdraw,
+)
 from lorahub_registry.runtime.layers import MixtureLayer
 from lorahub_registry.runtime.linear import is_trainable
 from lorahub_registry.runtime.mixlora_names import native_tensors, nothing_left, take
+from lorahub_registry.runtime.mixlora_plan import check_stems, stem_of
 from lorahub_registry.runtime.mixture import Coefficients, largest
 from lorahub_registry.runtime.mlp import decoder_layers, mlp_of
 from lorahub_registry.runtime.moe import logits_of
@@ -54,7 +61,7 @@ class Softmax:
 
 
 @dataclass
-class PluggedConfig(OfFile, PeftConfig):
+class PluggedConfig(NativeConfig, PeftConfig):
     """m-LoRA's ``adapter_config.json`` of LoRAMoE or MoLA; see its keys there."""
 
     r: int = field(default=8, metadata={"help": "Of each expert."})
@@ -247,7 +254,8 @@ def places_of(model: Any, mix: MixLora) -> dict[str, tuple[str, bool]]:
     """Module → (what its tensors' names begin with in a file, whether it has experts).
 
     Raises:
-        IncompatibleAdapters: the base has no place for it; says what was found.
+        IncompatibleAdapters: the base has no place for it, says what was found; or two of its
+            modules have one name in the file.
     """
     place, layers = decoder_layers(model)
     found: dict[str, tuple[str, bool]] = {}
@@ -259,15 +267,17 @@ def places_of(model: Any, mix: MixLora) -> dict[str, tuple[str, bool]]:
             linear = isinstance(module, MixtureLayer) or is_trainable(module)
             if not linear or last not in mix.target_modules:
                 continue
-            part = "mlp" if name.startswith(f"{inner}.") else "self_attn"
-            native = f"{mix.kind.lower()}.layers.{index}.{part}.{last}"
-            found[f"{place}.{index}.{name}"] = native, part == "mlp" or mix.kind == "MOLA"
+            routed = name.startswith(f"{inner}.") or mix.kind == "MOLA"
+            module = f"{place}.{index}.{name}"
+            native = stem_of(module, place, inner, mix.kind.lower())
+            found[module] = native, routed
             caught.add(last)
     if absent := sorted(set(mix.target_modules) - caught):
         raise IncompatibleAdapters(
             f"target_modules: the layers of this base have no linear module {absent[0]!r}",
             hint="the adapter was made for another base",
         )
+    check_stems({module: native for module, (native, _) in found.items()})
     return found
 
 

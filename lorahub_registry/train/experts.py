@@ -17,12 +17,19 @@ from lorahub_registry.adapters.mixlora import (
     TopK,
     TopP,
 )
+from lorahub_registry.adapters.mixlora_keys import gate_name
 from lorahub_registry.recipes.expert_training import MixLoraTraining
 from lorahub_registry.recipes.factory import AdapterPlan
 from lorahub_registry.recipes.training import ALL_LINEAR, LoraOptions
 from lorahub_registry.runtime.grouped_experts import LayerExperts
 from lorahub_registry.runtime.linear import fans, weight_of
-from lorahub_registry.runtime.mixlora_plan import adapted, all_linear, expert_sizes, plan_of
+from lorahub_registry.runtime.mixlora_plan import (
+    activation_of,
+    adapted,
+    all_linear,
+    expert_sizes,
+    plan_of,
+)
 from lorahub_registry.runtime.moe import ExpertFactors, MoeExperts
 from lorahub_registry.train.parameters import Parameters
 
@@ -77,8 +84,11 @@ class ExpertParameters(Parameters):
     """
 
     def __init__(self, model: Any, plan: AdapterPlan, seed: int) -> None:
-        self.mix = mix = mix_of(plan, model)
+        mix = mix_of(plan, model)
         where = plan_of(model, mix)
+        own = activation_of((mlp for _, mlp in where.experts.values()), model)
+        self.mix = mix = replace(mix, act_fn=mix.act_fn or own)
+        self._stems = where.stems
         super().__init__(
             model, plan.lora, seed, names=sorted(where.plain), more=expert_sizes(mix, where)
         )
@@ -114,28 +124,18 @@ class ExpertParameters(Parameters):
         """Its tensors by m-LoRA's names, float32 on the CPU."""
         found = {}
         for module, parts in self.written().items():
-            index, last = self._place(module)
             for part, tensor in parts.items():
-                found[f"mixlora.layers.{index}.self_attn.{last}.lora_{part}"] = tensor
-        for layer in self.experts.values():
-            start = f"mixlora.layers.{layer.index}.mlp"
-            found[f"{start}.moe_gate.weight"] = _plain(layer.experts.gate)
+                found[f"{self._stems[module]}.lora_{part}"] = tensor
+        for module, layer in self.experts.items():
+            found[gate_name(layer.index)] = _plain(layer.experts.gate)
             for proj, stack in layer.experts.stacks.items():
                 for e in range(self.mix.num_experts):
-                    each = f"{start}.{proj}.experts.{e}"
+                    each = f"{self._stems[f'{module}.{proj}']}.experts.{e}"
                     found[f"{each}.lora_A.weight"] = _plain(stack.a[e])
                     found[f"{each}.lora_B.weight"] = _plain(stack.b[e].T)
                     if stack.magnitude is not None:
                         found[f"{each}.lora_magnitude_vector"] = _plain(stack.magnitude[e])
         return found
-
-    def _place(self, module: str) -> tuple[int, str]:
-        """(its layer, its last name) of a module of the attention."""
-        for name, layer in self.experts.items():
-            place = name[: name.rindex(f".{layer.index}.") + len(f".{layer.index}.")]
-            if module.startswith(place):
-                return layer.index, module.rpartition(".")[2]
-        raise AssertionError(module)  # plan_of names modules of layers alone
 
 
 def _routing(method: MixLoraTraining) -> Routing:

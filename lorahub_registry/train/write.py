@@ -39,7 +39,7 @@ def write_adapter(
         dtype: of the written factors; DoRA's magnitudes and routers stay float32.
     """
     if isinstance(parameters, ExpertParameters):
-        mix = replace(parameters.mix, base=base, task_type=task_type)
+        mix = replace(parameters.mix, base=base, revision=base_revision, task_type=task_type)
         found = {
             name: tensor if _exact(name) else tensor.to(DTYPES[dtype])
             for name, tensor in parameters.native().items()

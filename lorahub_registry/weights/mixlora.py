@@ -209,6 +209,8 @@ def _notes(mix: MixLora) -> list[str]:
         alone.append(f"routing_strategy {mix.strategy}")
     if mix.experts != mix.attention:
         alone.append("expert_lora")
+    if mix.kind == "MIXLORA" and mix.act_fn is None:
+        alone.append("a config without act_fn")
     if not mix.attention.lora_dropout:
         alone.append("a lora_dropout of 0")
     if mix.base is None:

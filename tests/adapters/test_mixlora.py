@@ -209,6 +209,7 @@ def test_a_config_is_written_as_it_is_read(strategy: Strategy) -> None:
     [
         {"router_loss": False}, {"router_aux_loss_coef": 0.01}, {"router_z_loss_coef": 0.0},
         {"router_init_range": 0.3}, {"jitter_noise": 0.2}, {"act_fn": None}, {"base": None},
+        {"revision": "c0ffee"},
         {"task_type": None}, {"routing": Switch(7, 0.1, 3)}, {"routing": TopP(0.5, 2.0)},
         {"experts": LoraPart(2, 1.5, 0.0, use_rslora=True)},
         {"attention": LoraPart(4, 8.0, use_dora=True, use_rslora=True)},

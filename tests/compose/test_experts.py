@@ -57,7 +57,13 @@ def parts_of(model: tiny.Tiny, kinds: Sequence[str], *, k: int = 2, **method: An
         given = [float(i == kinds.index(wanted.attention)) for i in range(len(kinds))]
     adapters = {f"{i}-{kind}": deltas(model, kind) for i, kind in enumerate(kinds)}
     parts = take_apart(
-        wanted, adapters, given, model.base().model, base=model.name, task_type="CAUSAL_LM"
+        wanted,
+        adapters,
+        given,
+        model.base().model,
+        base=model.name,
+        base_revision=None,
+        task_type="CAUSAL_LM",
     )
     return replace(parts, mix=replace(parts.mix, routing=TopK(k)))
 
@@ -111,7 +117,8 @@ def copies(model: tiny.Tiny, kind: str, place: Path, **method: Any) -> Made:
     wanted = recipe(
         {"type": "mixlora", **method}, [{"ref": f"./{n}", "name": n} for n in names]
     )  # fmt: skip
-    members, base = [member(place / name) for name in names], model.base()
+    members = [member(place / name) for name in names]
+    base = replace(model.base(), revision="c0ffee")
     return Made(wanted, compose(wanted, members, base, Rows(rows(6), rows(10)[6:]), out), out, base)
 
 
@@ -127,6 +134,7 @@ def test_whoever_is_chosen_among_copies_of_an_adapter_it_is_that_adapter(
     assert done.table["mixture"] == pytest.approx(done.table["one"], abs=1e-6)
     config = json.loads((done.out / FOLDER / "adapter_config.json").read_text("utf-8"))
     assert config["act_fn"] == {"wide": "silu", "gpt2": "gelu_new"}[kind]
+    assert config["revision"] == "c0ffee"
 
 
 def test_it_is_proven_against_all_that_is_simpler(made: Made) -> None:
@@ -150,6 +158,7 @@ def test_the_experts_are_the_adapters_parts_filled_up_with_zeros(
     assert config["router_aux_loss_coef"] == 0.01
     assert config["act_fn"] == "silu", "the peers' readers need it"
     assert config["base_model_name_or_path"] == made.base.name
+    assert "revision" not in config, "the base is a folder"
     tensors = load_file(made.out / FOLDER / "adapter_model.safetensors")
     gates = [name for name in tensors if "moe_gate" in name]
     assert gates == [f"mixlora.layers.{i}.mlp.moe_gate.weight" for i in (0, 1)]

@@ -297,6 +297,36 @@ def test_a_gaussian_start_is_taken(tmp_path: Path) -> None:
         assert float(value.abs().max()) > float(found[True][name].abs().max())
 
 
+@pytest.mark.parametrize("within", ["extra", "mlp.extra"])
+def test_two_modules_of_one_name_are_refused(within: str) -> None:
+    model = base()
+    last = "q_proj" if within == "extra" else "up_proj"
+    for layer in model.model.layers:
+        held = torch.nn.Module()
+        held.add_module(last, torch.nn.Linear(32, 32, bias=False))
+        parent, _, name = within.rpartition(".")
+        layer.get_submodule(parent).add_module(name, held)
+    twin = "self_attn.q_proj" if within == "extra" else "mlp.up_proj"
+    before = tree(model)
+    with pytest.raises(IncompatibleAdapters, match="have one name") as caught:
+        get_peft_model(model, config(target_modules=["q_proj", "up_proj"]))
+    for name in (f"{within}.{last}", twin):
+        assert f"model.layers.0.{name} " in str(caught.value)
+    assert tree(model) == before
+    get_peft_model(model, config(target_modules=["v_proj", "down_proj"]))
+
+
+@pytest.mark.parametrize("kind", ["mixlora", "loramoe", "mola"])
+def test_the_bases_commit_is_kept(kind: str, tmp_path: Path) -> None:
+    for revision in ("c0ffee", None):
+        (place := tmp_path / str(revision)).mkdir()
+        model = load(checkpoint(place, kind, revision=revision))
+        assert model.peft_config["default"].revision == revision
+        model.save_pretrained(place / "again")
+        said = json.loads((place / "again" / "adapter_config.json").read_text())
+        assert said.get("revision", "absent") == (revision or "absent")
+
+
 @pytest.mark.parametrize("targets", [["up_proj"], "all-linear", None])
 def test_more_experts_of_a_token_than_there_are(targets: Any) -> None:
     with pytest.raises(BrokenAdapter, match="top_k is 5"):

@@ -3,12 +3,13 @@
 As it comes it cannot be compared: its experts drop out even in evaluation, for they stand in plain
 dicts that ``eval`` does not reach; without ``act_fn`` it has no activation; what ``expert_lora``
 says it does not use; and the magnitudes of DoRA it neither reads nor writes. So dropout is taken
-off, ``act_fn`` given, and the other two left out. Both sides compute in float32, and sums are taken
-in another order: 1e-5 of the largest logit.
+off, its own files are given ``act_fn`` (ours say it), and the other two are left out. Both sides
+compute in float32, and sums are taken in another order: 1e-5 of the largest logit.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ import transformers as hf
 from peft import PeftModel, get_peft_model
 
 import lorahub_registry.runtime  # noqa: F401
+from lorahub_registry.adapters.config import CONFIG_NAME
 from lorahub_registry.runtime.mixlora import MixLoraConfig
+from lorahub_registry.train.write import write_adapter
 from lorahub_registry.weights.mixlora import read_any, write_mlora
 from tests.mixlora import make, save
+from tests.train.making import learner, llama
 
 peer: Any = pytest.importorskip("mixlora", reason="pip install --no-deps mixlora==0.2.3")
 
@@ -83,7 +87,7 @@ def test_what_is_trained_here_is_read_there(kind: str, tmp_path: Path) -> None:
     act, targets = KNOWN[kind]
     config = MixLoraConfig(
         r=4, lora_alpha=6, lora_dropout=0.05, target_modules=targets, num_experts=4, top_k=2,
-        act_fn=act, task_type="CAUSAL_LM",
+        task_type="CAUSAL_LM",
     )  # fmt: skip
     model = get_peft_model(build(kind), config).eval()
     made = torch.Generator().manual_seed(1)
@@ -91,6 +95,7 @@ def test_what_is_trained_here_is_read_there(kind: str, tmp_path: Path) -> None:
         if "lora_" in name:
             value.data = torch.randn(value.shape, generator=made) * 0.3
     model.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / CONFIG_NAME).read_text())["act_fn"] == act
     (tmp_path / "native").mkdir()
     write_mlora(tmp_path / "native", *read_any(tmp_path / "saved"))
     wanted = by_peer(build(kind), tmp_path / "native")
@@ -106,6 +111,25 @@ def test_its_own_files_are_read_here(kind: str, said: dict[str, Any], tmp_path: 
     folder = save(tmp_path / "its", make(scale=0.3, act_fn=act, **said), pickled=True)
     found = PeftModel.from_pretrained(build(kind), str(folder)).eval()
     same(logits(found), by_peer(build(kind), folder), logits(build(kind)))
+
+
+def test_what_a_factory_trains_is_read_there(tmp_path: Path) -> None:
+    base: Any = llama()
+    base.name_or_path = "tiny"
+    plain = logits(base)
+    parameters = learner(base, method={}, lora={"lora_dropout": 0.05}).parameters
+    made = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        parameters.flat.copy_(torch.randn(parameters.flat.shape, generator=made) * 0.3)
+    for folder in (tmp_path / "written", tmp_path / "native"):
+        folder.mkdir()
+    write_adapter(
+        tmp_path / "written", parameters, base, base="tiny", base_revision="c0ffee",
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    assert write_mlora(tmp_path / "native", *read_any(tmp_path / "written")) == ()
+    wanted = by_peer(llama(), tmp_path / "native")
+    same(logits(PeftModel.from_pretrained(base, str(tmp_path / "written")).eval()), wanted, plain)
 
 
 def test_targets_without_some_of_the_projections(tmp_path: Path) -> None:

@@ -139,3 +139,13 @@ def test_what_transformers_cannot_load_is_no_base_in_disguise(llama, tmp_path):
     model.load_adapter(str(tmp_path))
     with pytest.raises(IncompatibleAdapters, match="never loaded"):
         model(IDS)
+
+
+def test_two_modules_of_one_name_are_refused(llama, tmp_path):
+    written(tmp_path, "mola", targets=("q_proj", "up_proj"))
+    model = copy.deepcopy(llama)
+    for layer in model.model.layers:
+        layer.extra = nn.Module()
+        layer.extra.q_proj = nn.Linear(32, 32, bias=False)
+    with pytest.raises(IncompatibleAdapters, match=r"q_proj and .*q_proj have one name"):
+        PeftModel.from_pretrained(model, tmp_path)

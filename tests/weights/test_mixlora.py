@@ -251,6 +251,7 @@ def test_what_m_loras_readers_would_read_wrongly_is_refused(
         (changed("mola"), "routing_strategy mola"),
         (changed(experts=LoraPart(4, 16.0)), "expert_lora"),
         (changed(attention=LoraPart(4, 8.0), experts=LoraPart(4, 8.0)), "a lora_dropout of 0"),
+        (changed(act_fn=None), "a config without act_fn"),
         (changed(base=None), "a config without base_model_name_or_path"),
     ],
 )
