@@ -109,7 +109,7 @@ def check_sum(members: Sequence[Member]) -> None:
         if config.peft_type != "LORA":
             raise IncompatibleAdapters(
                 f"{member.name}: it is {config.peft_type}, and only LoRA adapters can be summed",
-                hint=plain_instead(member.folder) if config.peft_type == PEFT_TYPE else None,
+                hint=plain_instead(member.folder) if config.peft_type == PEFT_TYPE else _LEAVE,
             )
         if config.unsupported:
             feature, _, value = config.unsupported[0].partition("=")

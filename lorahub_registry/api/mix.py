@@ -24,6 +24,7 @@ from lorahub_registry.api.prepare import (
 )
 from lorahub_registry.api.resume import means_of
 from lorahub_registry.api.trace import draw_trace
+from lorahub_registry.api.written import add_digests
 from lorahub_registry.card import RECIPE_NAME, RESULTS_NAME, write_card
 from lorahub_registry.errors import BaseModelError, LoraregError, UsageError
 from lorahub_registry.lock import LOCK_NAME
@@ -128,6 +129,7 @@ def compose(
                 ready.recipe, ready.members, loaded, rows, folder, means=means, progress=progress
             )
             results = _results(ready, loaded, made)
+            add_digests(results, folder)
             _write_papers(folder, ready, loaded, results)
     means.journal.forget()
     stored = _enter(ready, results, registry)

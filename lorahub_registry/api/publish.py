@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorahub_registry.adapters.dynamic import FOLDER, PEFT_TYPE, folder_to_run
-from lorahub_registry.adapters.facts import digest_of, read_config
+from lorahub_registry.adapters.facts import read_config
 from lorahub_registry.adapters.tensors import WEIGHTS_NAME
+from lorahub_registry.api.written import check_tensors
 from lorahub_registry.card import (
     GATES_NAME,
     holds_experts,
@@ -20,7 +21,6 @@ from lorahub_registry.card import (
 )
 from lorahub_registry.errors import (
     BaseModelError,
-    BrokenAdapter,
     OutputError,
     RecipeError,
     UnknownRef,
@@ -89,7 +89,8 @@ def push(
         RecipeError: no licence is known for it.
         OutputError: something in it may not be published: a local path, a token.
         BaseModelError: nothing tells the base of a converted adapter.
-        BrokenAdapter: it decides while it runs, and what does that is damaged or missing.
+        BrokenAdapter: its tensors are not those that its results are about; or it decides while it
+            runs, and what does that is damaged or missing.
         HubError: the Hub refused, or the branch moved meanwhile.
     """
     from lorahub_registry.hub.push import push as commit
@@ -125,8 +126,10 @@ def push(
                 load_dynamic(folder / FOLDER)
             else:
                 read_mixlora(folder / FOLDER)
+            check_tensors(folder / FOLDER, facts["routing"], facts)
     if holds_experts(facts):
         _check_experts(folder, facts)
+    check_tensors(folder, facts, facts)
     if (folder / GATES_NAME).is_file():
         progress.say(f"{GATES_NAME} shows one of your rows, and is published with the rest")
     if not is_generated(folder):
@@ -155,8 +158,3 @@ def _check_experts(folder: Path, facts: Mapping[str, Any]) -> None:
             hint="lorareg add SOURCE --base ID, and convert it again with --force",
         )
     read_mixlora(folder)
-    if digest_of(folder) != facts["digest"]:
-        raise BrokenAdapter(
-            f"{folder / WEIGHTS_NAME}: these are not the tensors that were converted",
-            hint="convert again with --force",
-        )

@@ -14,6 +14,7 @@ from lorahub_registry.recipes import render
 from lorahub_registry.recipes.rows import Row
 from lorahub_registry.recipes.template import CHAT
 from lorahub_registry.registry.records import CentroidRecord, Query, StoredAdapter
+from lorahub_registry.registry.search import COUNTED
 from lorahub_registry.registry.store import Registry
 
 if TYPE_CHECKING:
@@ -260,16 +261,16 @@ def _tell(
     """
     ids = {stored.id for stored, _ in here}
     skills = (skill,) if skill else ()
-    query = Query(base=found.facts.name, skills=skills, limit=len(ids) + _NAMED)
-    answer = registry.search(query)
+    answer = registry.search(Query(base=found.facts.name, skills=skills, limit=COUNTED))
     # A mixture is made of what is asked for here.
     without = [a for a in answer.adapters if a.id not in ids and not _mixed(a)]
     having = f" with the skill {skill!r}" if skill else ""
-    if not here and not without:
+    if not here and not answer.adapters:
         raise UnknownRef(
             f"the registry has no adapter of {found.facts.name}{having}",
             hint=f"lorareg add FOLDER --base {found.facts.name}, or lorareg sync --base ID",
         )
+    least = "at least " if answer.more else ""
     elsewhere = f"; {others} on other weights of that name" if others else ""
     if not here and not without:
         raise UnknownRef(
@@ -279,17 +280,16 @@ def _tell(
         )
     if not here:
         raise UnknownRef(
-            f"none of the {answer.total} adapters of {found.facts.name}{having} has a centroid "
-            f"on it{elsewhere}",
+            f"none of the {least}{len(without)} adapters of {found.facts.name}{having} has a "
+            f"centroid on it{elsewhere}",
             hint=_learn(without[0].ref, written),
         )
-    missing = answer.total - sum(1 for a in answer.adapters if a.id in ids or _mixed(a))
     if without:
         names = ", ".join(a.record.name for a in without[:_NAMED])
-        more = ", …" if missing > len(without[:_NAMED]) else ""
+        more = ", …" if len(without) > _NAMED else ""
         progress.say(
-            f"{missing} more of {found.facts.name} have no centroid and take no part: {names}{more}"
-            f"; {_learn(without[0].ref, written)}"
+            f"{least}{len(without)} more of {found.facts.name} have no centroid and take no part: "
+            f"{names}{more}; {_learn(without[0].ref, written)}"
         )
 
 

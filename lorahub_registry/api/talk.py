@@ -14,6 +14,7 @@ from lorahub_registry.adapters.dynamic import PEFT_TYPE, folder_to_run
 from lorahub_registry.adapters.facts import read_facts
 from lorahub_registry.api.bases import ResolvedBase, base_of, load_found
 from lorahub_registry.api.prepare import prepare, read_recipe
+from lorahub_registry.api.written import check_dynamic
 from lorahub_registry.api.xlora import check_xlora, is_xlora, load_xlora, xlora_on
 from lorahub_registry.card import FACTORY_NAME, RECIPE_NAME, RESULTS_NAME, read_results
 from lorahub_registry.errors import IncompatibleAdapters, UnknownRef, UsageError
@@ -73,7 +74,8 @@ def load(
         UnknownRef: it is not on this machine, or the recipe was not composed.
         LockError: what was composed from the recipe is no longer what it names.
         IncompatibleAdapters: its weights are a pickle, or it was made for another base.
-        BrokenAdapter: an X-LoRA without all of its tensors.
+        BrokenAdapter: an X-LoRA without all of its tensors; a mixture that decides, without its
+            own or with others than were composed.
         BaseModelError: its base is not known, or cannot be loaded.
     """
     if registry is None:
@@ -91,6 +93,7 @@ def load(
     folder, record = record_of(str(ref), registry)
     member = _member(folder, record)
     check_weights(member)
+    check_dynamic(folder)
     if is_xlora(member):
         check_xlora(member)
     found: tuple[Any, Any] | ResolvedBase
@@ -139,6 +142,7 @@ def generate(
     Raises:
         UsageError: a name twice.
         IncompatibleAdapters: one of them was made for another base.
+        BrokenAdapter: as in :func:`load`.
     """
     from lorahub_registry.evaluate.quiet import threads_for
 
@@ -155,6 +159,7 @@ def generate(
     present = [m for m in members if m is not None]
     for each in present:
         check_weights(each)
+        check_dynamic(each.folder)
         if is_xlora(each):
             check_xlora(each)
     found = base_of(record, base, registry=registry, progress=progress)

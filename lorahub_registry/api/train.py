@@ -15,6 +15,7 @@ from lorahub_registry.api.output import report_head, resumable, write_report
 from lorahub_registry.api.papers import enter, write_papers
 from lorahub_registry.api.trained import ended, place_of, results_of, risen, scored
 from lorahub_registry.api.unfinished import agree, board_writer, logs, sign
+from lorahub_registry.api.written import add_digests
 from lorahub_registry.card import LOG_NAME
 from lorahub_registry.errors import DataError, NotApplied, OutputError
 from lorahub_registry.lock import Lock, Pin
@@ -346,6 +347,7 @@ def _write(
     )
     found = results_of(ready, order, base, learner, run)
     found |= scored(folder, ready, order, base, before, progress)
+    add_digests(found, folder)
     one = _one(ready, learner.plan.name)
     text = _RECORD + factory_yaml(one)
     lock = Lock(

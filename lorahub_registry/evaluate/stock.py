@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lorahub_registry.adapters.tensors import PICKLE_NAME, WEIGHTS_NAME
 from lorahub_registry.errors import NotApplied
 from lorahub_registry.evaluate.base import LoadedBase
 from lorahub_registry.runtime.fits import take_off
@@ -29,6 +30,9 @@ def stock_peft(base: LoadedBase, folder: Path, *, is_trainable: bool = False) ->
     """
     from peft import PeftModel
 
+    # PEFT would ask the Hub for a repo of that path.
+    if not any((folder / name).is_file() for name in (WEIGHTS_NAME, PICKLE_NAME)):
+        raise NotApplied(f"{folder / WEIGHTS_NAME}: no such file, so there is nothing to load")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

@@ -163,8 +163,28 @@ def factory_conflicts(factory: Mapping[str, Any]) -> Iterator[Conflict]:
                     (*at, "training", "group_by_length"),
                     "and packing do not go together: packs are of one length",
                 )
+        yield from _experts(entry, at)
         for shown in _answer_shown(entry):
             yield Conflict((*at, *shown.path), shown.text)
+
+
+def _experts(entry: Mapping[str, Any], at: Path) -> Iterator[Conflict]:
+    """What does not go with a method that makes experts."""
+    if not isinstance(entry.get("method"), Mapping):
+        return
+    start = _at(entry, "lora", "init_lora_weights")
+    if isinstance(start, str) and (start == "olora" or start.startswith("pissa")):
+        yield Conflict(
+            (*at, "lora", "init_lora_weights"),
+            f"{start} takes a part out of the base, which experts share: use true or gaussian",
+        )
+    switch = _at(entry, "method", "routing_strategy") == "mixlora-switch"
+    if switch and _at(entry, "training", "packing") is True:
+        yield Conflict(
+            (*at, "training", "packing"),
+            "does not go with mixlora-switch, which counts the tokens of each row: use "
+            "group_by_length",
+        )
 
 
 def _answer_shown(recipe: Mapping[str, Any]) -> Iterator[Conflict]:

@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from lorahub_registry.recipes.fields import MAX_RANK, Bool, Float, Int, Strict, Text
+from lorahub_registry.recipes.fields import (
+    MAX_RANK,
+    Bool,
+    Float,
+    Int,
+    Strict,
+    Text,
+    did_you_mean,
+)
 
 _OF = {
     "mixlora": ("top_k",),
     "mixlora-dynamic": ("top_p",),
     "mixlora-switch": ("expert_capacity", "router_z_loss_coef", "ffn_dropout"),
 }
+ACTIVATIONS = (
+    "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python",
+    "gelu_python_tanh", "gelu_pytorch_tanh", "hardswish", "laplace", "leaky_relu", "linear", "mish",
+    "prelu", "quick_gelu", "relu", "relu2", "relu6", "sigmoid", "silu", "sqrtsoftplus", "swish",
+    "tanh", "xielu",
+)  # fmt: skip
+"""Transformers' ``ACT2FN``, which cannot be asked without torch."""
+
+
+def _activation(name: str) -> str:
+    if name not in ACTIVATIONS:
+        raise ValueError(
+            f"transformers knows no {name!r}{did_you_mean(name, ACTIVATIONS)}: one of "
+            f"{', '.join(ACTIVATIONS)}, or leave it out for the base's own"
+        )
+    return name
 
 
 class ExpertLora(Strict):
@@ -57,7 +81,7 @@ class MixLoraTraining(Strict):
     expert_lora: ExpertLora = Field(
         default=ExpertLora(), description="The experts' form, where it is not lora's."
     )
-    act_fn: Text | None = Field(
+    act_fn: Annotated[Text, AfterValidator(_activation)] | None = Field(
         default=None, description="Between the projections, as transformers names it; default: "
         "the base's own.",
     )  # fmt: skip

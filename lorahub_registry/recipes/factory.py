@@ -183,21 +183,6 @@ class AdapterPlan(Strict):
     training: TrainingOptions = Field(default=TrainingOptions(), description="Its run.")
     data: AdapterData = Field(description="What it learns from.")
 
-    @model_validator(mode="after")
-    def _starts_anew(self) -> AdapterPlan:
-        if self.method is not None and self.lora.changes_base:
-            raise ValueError(
-                f"init_lora_weights: {self.lora.init_lora_weights} takes a part out of the base, "
-                "which experts share: use true or gaussian"
-            )
-        switch = self.method is not None and self.method.routing_strategy == "mixlora-switch"
-        if switch and self.training.packing:
-            raise ValueError(
-                "packing does not go with mixlora-switch, which counts the tokens of each row: "
-                "use group_by_length"
-            )
-        return self
-
 
 class FactoryOutput(Strict):
     """Where the adapters are written, and as what."""

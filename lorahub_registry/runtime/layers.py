@@ -122,6 +122,8 @@ class MixtureLayer(Frozen):
         self._register(adapter, mixture)
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        # Made here, as torch.compile would make a graph for each module's name and its ranks.
+        self._ready[adapter] = Experts(a.weight, b.weight, ranks, self.name)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """What the base gives, with each row's experts added."""
@@ -203,9 +205,8 @@ class MixtureLayer(Frozen):
         return kept
 
     def _experts(self, adapter: str) -> Experts:
+        kept = self._ready[adapter]
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        kept = self._ready.get(adapter)
-        if kept is None or kept.a is not a or kept.b is not b:  # loading may put in others
-            ranks = self.mixtures[adapter].ranks_on(self.name)
-            kept = self._ready[adapter] = Experts(a, b, ranks, self.name)
+        if kept.a is not a or kept.b is not b:  # loading may put in others
+            kept.a, kept.b = a, b
         return kept

@@ -60,8 +60,13 @@ class Coefficients:
                 f"coefficients of shape {list(shape)} for {experts} experts",
                 hint=f"give [{experts}], or [rows, 1, {experts}] with a line for each row",
             )
-        if not values.is_floating_point() or not torch.isfinite(values).all():
-            raise UsageError(f"coefficients of {values.dtype} that are no finite numbers")
+        if not values.is_floating_point():
+            raise UsageError(
+                f"coefficients must be floating point, and these are {values.dtype}",
+                hint="torch.tensor([1.0, 0.0]), or .float() of what you have",
+            )
+        if not torch.isfinite(values).all():
+            raise UsageError("coefficients that are no finite numbers")
         if which is None:
             return
         if values.dim() != 3 or which.shape != values.shape or which.dtype != torch.int64:
@@ -125,18 +130,20 @@ class Experts:
         self.a, self.b, self.ranks, self.name = a, b, tuple(ranks), name
         self._equal = len(set(self.ranks)) == 1 and self.ranks[0] > 0
         self._owner: torch.Tensor | None = None
-        self._transposed = a.mT, b.mT
+        self._transposed: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def owner(self) -> torch.Tensor:
         """[ranks], int64: the expert of each rank, on the device where the factors lie now."""
-        if self._owner is None or self._owner.device != self.a.device:
+        kept, where = self._owner, self.a.device
+        if kept is None or kept.device != where:
+            numbers = [i for i, rank in enumerate(self.ranks) for _ in range(rank)]
+            if torch.compiler.is_compiling():  # a constant of the graph, which goes on
+                return torch.tensor(numbers, device=where)
             # Made outside inference mode, so that gates can still be trained after an evaluation.
             with torch.inference_mode(False):
-                ranks = torch.tensor(self.ranks, device=self.a.device)
-                numbers = torch.arange(len(ranks), device=self.a.device)
-                self._owner = numbers.repeat_interleave(ranks)
-        return self._owner
+                kept = self._owner = torch.tensor(numbers, dtype=torch.int64, device=where)
+        return kept
 
     def add(self, y: torch.Tensor, x: torch.Tensor, c: Coefficients | None = None) -> torch.Tensor:
         """``y`` with what the experts give for ``x``, computed in the factors' dtype.
@@ -152,9 +159,14 @@ class Experts:
         """
         if c is not None and self._plainest(y, x, c):
             # What decoding does in every module, where each call counts: just the products.
-            a, b = self._transposed
-            if a.data_ptr() != self.a.data_ptr() or b.data_ptr() != self.b.data_ptr():
-                a, b = self._transposed = self.a.mT, self.b.mT  # moved, or put in anew
+            kept = self._transposed
+            if (
+                kept is None
+                or kept[0].data_ptr() != self.a.data_ptr()
+                or kept[1].data_ptr() != self.b.data_ptr()
+            ):
+                kept = self._transposed = self.a.mT, self.b.mT  # moved, or put in anew
+            a, b = kept
             low, experts = x.view(-1, x.shape[-1]).mm(a), len(self.ranks)
             low.view(-1, experts, self.ranks[0]).mul_(c.values.view(-1, experts, 1))
             y.view(-1, y.shape[-1]).addmm_(low, b)

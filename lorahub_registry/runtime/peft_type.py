@@ -233,9 +233,9 @@ class MixtureModel(BaseTuner):
         def check(_: Any, args: Any, kwargs: Any) -> None:
             if found.values.dim() == 1:
                 return
-            read = kwargs.get("input_ids")
-            read = kwargs.get("inputs_embeds", args[0] if args else None) if read is None else read
-            rows, lines = 0 if read is None else len(read), len(found.values)
+            given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1])
+            read = next((each for each in given if each is not None), ())
+            rows, lines = len(read), len(found.values)
             # Beams of one prompt stand next to each other.
             if rows != lines and not (self._flow.generation and rows % lines == 0):
                 raise UsageError(f"coefficients for {lines} rows, and a batch of {rows}")

@@ -45,6 +45,7 @@ def test_what_a_sum_cannot_express_is_refused_by_name(
     with pytest.raises(IncompatibleAdapters) as caught:
         check_sum([plain, member(tiny_llama.adapter(kind))])
     assert str(caught.value).startswith(said)
+    assert "leave it out, or merge it into the base first" in str(caught.value.hint)
 
 
 def test_other_refusals_of_a_sum(tmp_path: Path) -> None:

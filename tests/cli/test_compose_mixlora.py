@@ -8,7 +8,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import lorahub_registry as lr
-from tests.cli.conftest import tree, write_rows
+from lorahub_registry.adapters.facts import digest_of
+from lorahub_registry.errors import BrokenAdapter
+from tests.cli.conftest import edit_tensors, tree, write_rows
 
 EXPERTS = {"type": "mixlora", "training": {"max_steps": 3, "learning_rate": 0.2}}
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors",
@@ -186,6 +188,52 @@ def test_a_damaged_expert_is_not_published(lorareg, composed):
     name = "mixlora.layers.1.mlp.moe_gate.weight"
     save_file({n: t for n, t in tensors.items() if n != name}, path, metadata={"format": "pt"})
     assert "moe_gate" in lorareg.fails("push", composed.out, "me/blend", "--dry-run")
+
+
+def times_three(tensors):
+    return {n: 3 * t if n.endswith("lora_B.weight") else t for n, t in tensors.items()}
+
+
+def test_what_was_changed_since_is_neither_run_nor_published(lorareg, composed):
+    inner, results = composed.out / "dynamic", composed.out / "results.json"
+    words = ("ab", "--base", "tiny-llama", "--max-new-tokens", "1")
+    push = ("push", composed.out, "me/blend", "--dry-run")
+    facts = composed.results()
+    assert facts["digest"] == digest_of(composed.out)
+    assert facts["routing"]["digest"] == digest_of(inner)
+    edit_tensors(inner, times_three)
+    wanted = f"{inner / 'adapter_model.safetensors'}: these are not the tensors that were composed"
+    for command in (
+        push, ("generate", composed.out, *words), ("generate", inner, *words),
+        ("explain", composed.out, *words), ("generate", "plain", "--against", "blend", *words),
+    ):  # fmt: skip
+        said = lorareg.fails(*command)
+        assert wanted in said
+        assert "Hint: compose again with --force" in said
+    with pytest.raises(BrokenAdapter, match="these are not the tensors"):
+        lr.load(composed.out, base="tiny-llama")
+    # Results of before say nothing of them.
+    del facts["digest"], facts["routing"]["digest"]
+    results.write_text(json.dumps(facts), "utf-8")
+    lorareg("generate", composed.out, *words)
+    lorareg(*push)
+
+
+def test_its_plain_lora_is_published_as_it_was_composed(lorareg, composed):
+    edit_tensors(composed.out, times_three)
+    said = lorareg.fails("push", composed.out, "me/blend", "--dry-run")
+    wanted = composed.out / "adapter_model.safetensors"
+    assert f"{wanted}: these are not the tensors that were composed" in said
+
+
+def test_without_its_tensors_the_file_is_named(lorareg, composed):
+    path = composed.out / "dynamic" / "adapter_model.safetensors"
+    path.unlink()
+    for command in ("generate", "explain"):
+        said = lorareg.fails(command, composed.out, "ab", "--base", "tiny-llama")
+        assert f"{path}: no such file, so no mixture" in said
+        assert "Hint: compose it again" in said
+    assert f"{path}: no such file" in lorareg.fails("push", composed.out, "me/x", "--dry-run")
 
 
 def test_what_cannot_be_is_told_before_anything_is_loaded(lorareg, kitchen):

@@ -7,6 +7,9 @@ import shutil
 
 import pytest
 
+from lorahub_registry.registry.index import record_of_folder
+from lorahub_registry.registry.records import MemberRecord, MixtureRecord
+from lorahub_registry.registry.store import Registry
 from tests import tiny
 from tests.cli.conftest import edit_config, write_rows
 
@@ -89,10 +92,6 @@ def test_a_prompt_that_may_be_for_nobody_is_told(lorareg, learned):
 
 
 def test_of_one_that_was_trained_again_the_newest_takes_part(lorareg, learned):
-    from lorahub_registry.registry.index import record_of_folder
-    from lorahub_registry.registry.records import MixtureRecord
-    from lorahub_registry.registry.store import Registry
-
     again = shutil.copytree(learned / "loras/plain", learned / "later/plain")
     with Registry() as registry:
         for folder in (learned / "loras/plain", again):
@@ -189,6 +188,38 @@ def test_nobody_to_ask(lorareg, kitchen, shelf):
     err = lorareg.fails("route", "ab", "--base", "./tiny-llama")
     assert "the registry has no adapter of tiny-llama" in err
     assert "Hint: lorareg add FOLDER --base tiny-llama" in err
+
+
+def mixtures(kitchen, count):
+    """So many mixtures of plain and wide, more used than any adapter."""
+    with Registry() as registry:
+        for i in range(count):
+            folder = shutil.copytree(kitchen / "loras/plain", kitchen / f"out/mix{i}")
+            made = MixtureRecord(
+                f"mix{i}", "linear", f"# {i}", f"{i}", 0, "",
+                tuple(MemberRecord(name, name, 0.5) for name in ("plain", "wide")),
+            )  # fmt: skip
+            registry.add_mixture(record_of_folder(folder, name=f"mix{i}"), made)
+
+
+def test_mixtures_hide_no_adapter(lorareg, learned):
+    mixtures(learned, 6)
+    done = lorareg("route", "ab", "--base", "./tiny-llama", "--json")
+    assert "1 more of tiny-llama have no centroid and take no part: same;" in done.err
+    for name in ("plain", "wide"):
+        lorareg("remove", name)
+    err = lorareg.fails("route", "ab", "--base", "./tiny-llama")
+    assert "none of the 1 adapters of tiny-llama has a centroid on it" in err
+    assert f"--learn {learned / 'loras' / 'same'}" in err
+
+
+def test_mixtures_alone_are_told_as_such(lorareg, shelf):
+    mixtures(shelf, 1)
+    for name in ("plain", "wide", "same"):
+        lorareg("remove", name)
+    err = lorareg.fails("route", "ab", "--base", "./tiny-llama")
+    assert "tiny-llama has mixtures only, and they are made of what prompts are sent to" in err
+    assert "Hint: add or train adapters of it" in err
 
 
 @pytest.mark.parametrize(

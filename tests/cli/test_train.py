@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from lorahub_registry.adapters.facts import digest_of
 from lorahub_registry.cli import cli
 from tests.cli.conftest import tree
 from tests.cli.factories import DATA, LORA, nll, open_workshop, shop  # noqa: F401
@@ -231,6 +232,7 @@ def test_pissa_is_written_as_a_plain_lora_on_the_untouched_base(lorareg, shop): 
     shop.factory({"name": "plain"}, output={"path": "plain"})
     lorareg("train", "factory.yaml")
     plain = json.loads((shop / "plain/plain/results.json").read_text())
+    assert plain["digest"] == digest_of(shop / "plain/plain")
     assert first == pytest.approx(plain["loss"][0][1], abs=1e-4)
     own = found["test"][1]["nll"]
     assert own == pytest.approx(nll(shop.tiny, shop.out / "zog", shop / "test.jsonl"), abs=1e-5)

@@ -48,6 +48,16 @@ def test_show_tells_how_it_was_made(lorareg, zog):
     assert "mixture" not in said
 
 
+def test_what_was_changed_since_is_not_published(lorareg, zog):
+    path = zog / "results.json"
+    facts = json.loads(path.read_text("utf-8"))
+    lorareg("push", "zog", "me/zog", "--dry-run")  # of before there were digests
+    path.write_text(json.dumps({**facts, "digest": "0" * 64}), "utf-8")
+    said = lorareg.fails("push", "zog", "me/zog", "--dry-run")
+    assert "adapter_model.safetensors: these are not the tensors that were trained" in said
+    assert "Hint: train again with --force" in said
+
+
 def test_show_as_json_has_the_same_facts(lorareg, zog):
     shown = lorareg("show", "zog", "--json").json
     assert shown["mixture"] is None

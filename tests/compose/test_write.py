@@ -238,3 +238,8 @@ def test_a_file_that_peft_cannot_load_leaves_the_base_as_it_was(
     with pytest.raises(NotApplied, match="stock PEFT cannot load it"), stock_peft(base, tmp_path):
         pass
     assert clean(base, tiny_llama)
+    path = tmp_path / "adapter_model.safetensors"
+    path.unlink()
+    with pytest.raises(NotApplied) as caught, stock_peft(base, tmp_path):
+        pass
+    assert str(caught.value).startswith(f"{path}: no such file")

@@ -23,6 +23,7 @@ from lorahub_registry.recipes import (
     load_factory,
     parse_factory,
 )
+from lorahub_registry.recipes.expert_training import ACTIVATIONS
 from tests.recipes import GOOD
 
 FACTORY = """\
@@ -245,6 +246,25 @@ def test_the_starts_are_peft_s(init: Any) -> None:
             "license: MIT License",
             "line 19: adapters[1].license: 'MIT License' is not",
         ),
+        (
+            "lora: {r: 16, use_dora: true}",
+            "method: {type: mixlora, act_fn: swiglu}",
+            "line 12: adapters[0].method.act_fn: transformers knows no 'swiglu', did you mean "
+            "'silu'?: one of gelu, ",
+        ),
+        (
+            "lora: {r: 16, use_dora: true}",
+            "method: {type: mixlora}\n    lora: {init_lora_weights: pissa_niter_4}",
+            "line 13: adapters[0].lora.init_lora_weights: pissa_niter_4 takes a part out of the "
+            "base, which experts share: use true or gaussian",
+        ),
+        (
+            "    training: {seed: 5, packing: true}",
+            "    method: {type: mixlora, routing_strategy: mixlora-switch}\n"
+            "    training: {seed: 5, packing: true}",
+            "line 21: adapters[1].training.packing: does not go with mixlora-switch, which counts "
+            "the tokens of each row: use group_by_length",
+        ),
         ("[nll, exact_match]", "[nll, nll]", "evaluate: names a metric twice"),
         ("max_together: 8", "quantization: 2bit", "quantization: must be one of 8bit, 4bit"),
         ("seed: 3", "seed: 3\nseed: 4", "line 29: seed: given twice (first on line 28)"),
@@ -254,6 +274,23 @@ def test_the_starts_are_peft_s(init: Any) -> None:
 def test_a_fault_is_told_in_plain_words_with_its_line(old: str, new: str, told: str) -> None:
     found = problems(changed(old, new))
     assert any(told in p for p in found), found
+
+
+def test_what_does_not_go_with_experts_is_told_of_plain_data_too() -> None:
+    plain = yaml.safe_load(FACTORY)
+    plain["adapters"][1]["method"] = {"type": "mixlora"}
+    factory_from_mapping(plain)
+    plain["adapters"][1]["lora"] = {"init_lora_weights": "olora"}
+    with pytest.raises(RecipeError) as caught:
+        factory_from_mapping(plain)
+    [problem] = caught.value.problems
+    assert problem.startswith("adapters[1].lora.init_lora_weights: olora takes a part out")
+
+
+def test_activations_are_transformers_own() -> None:
+    from transformers.activations import ACT2FN
+
+    assert sorted(ACTIVATIONS) == sorted(ACT2FN)
 
 
 def test_a_fault_in_the_defaults_is_told_once_and_there() -> None:

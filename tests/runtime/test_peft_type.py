@@ -18,6 +18,8 @@ from peft import PeftModel
 from peft.utils.peft_types import PeftType
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+from torch._dynamo.utils import counters
 
 import lorahub_registry.runtime  # noqa: F401
 from lorahub_registry.adapters.dynamic import Arrow, LoraFlow
@@ -331,6 +333,29 @@ def test_given_coefficients_take_the_routers_place(mixture: Make) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("base", ["gpt2", "t5"])
+def test_each_row_has_its_line_in_other_bases_too(mixture: Make, base: str) -> None:
+    model = mixture("layer", base).load()
+    each = torch.tensor([[0.5, 0.0, 1.0], [0.0, 0.0, 0.0], [-1.0, 0.25, 0.0]])
+    more = {"decoder_input_ids": IDS[:, :3]} if base == "t5" else {}
+    embedded = model.get_input_embeddings()(IDS)
+    with model.base_model.coefficients(each[:, None]):
+        found = model(input_ids=IDS, **more).logits
+        same = model(inputs_embeds=embedded, **more).logits
+    torch.testing.assert_close(same, found, rtol=1e-5, atol=1e-4)
+    for row in range(3):
+        own = {name: ids[row : row + 1] for name, ids in more.items()}
+        with model.base_model.coefficients(each[row]):
+            alone = model(input_ids=IDS[row : row + 1], **own).logits
+        torch.testing.assert_close(found[row], alone[0], rtol=1e-5, atol=1e-4)
+    with (
+        model.base_model.coefficients(each[:2, None]),
+        pytest.raises(UsageError, match="coefficients for 2 rows, and a batch of 3"),
+    ):
+        model(input_ids=IDS, **more)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
     ("c", "said"),
     [
@@ -338,7 +363,7 @@ def test_given_coefficients_take_the_routers_place(mixture: Make) -> None:
         (torch.ones(4), "of shape [4] for 3 experts"),
         (torch.ones(3, 3), "of shape [3, 3] for 3 experts"),
         (torch.ones(3, 1, 1), "of shape [3, 1, 1] for 3 experts"),
-        (torch.ones(3, dtype=torch.int64), "no finite numbers"),
+        (torch.ones(3, dtype=torch.int64), "must be floating point, and these are torch.int64"),
         (torch.tensor([1, torch.nan, 0]), "no finite numbers"),
         (torch.ones(2, 1, 3), "coefficients for 2 rows, and a batch of 3"),
         (torch.ones(1, 1, 3), "coefficients for 1 rows, and a batch of 3"),
@@ -776,6 +801,24 @@ def test_compiled_it_gives_the_same(mixture: Make, kind: str, backend: str) -> N
         compiled(input_ids=IDS.flip(0)).logits, expected.flip(0), rtol=1e-4, atol=1e-4
     )
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", ["layer", "arrow"])
+@torch.no_grad()
+def test_no_graph_is_made_for_each_module_by_its_name(mixture: Make, kind: str) -> None:
+    model = mixture(kind).load()  # and nothing is kept from a run before
+    torch._dynamo.reset()
+    counters.clear()
+    found = torch.compile(model, backend="eager")(input_ids=IDS).logits
+    breaks = sum(counters["graph_break"].values())
+    graphs = _debug_get_cache_entry_list(MixtureLayer._experts.__code__)
+    torch._dynamo.reset()
+    torch.testing.assert_close(found, logits(model), rtol=1e-4, atol=1e-4)
+    if kind == "layer":
+        assert breaks == 0
+    else:  # the few experts that speak are computed outside
+        assert breaks > 0
+        assert len(graphs) <= 1
 
 
 @pytest.mark.parametrize("kind", ["layer"])
