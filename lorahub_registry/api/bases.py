@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lorahub_registry.adapters.base_files import BaseFacts, base_digest, base_stamp, read_base
 from lorahub_registry.adapters.config import CONFIG_NAME
 from lorahub_registry.adapters.tensors import file_sha256
-from lorahub_registry.errors import AmbiguousRef, BaseModelError
+from lorahub_registry.errors import AmbiguousRef, BaseModelError, HubError, UnknownRef
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.refs import expand, looks_like_path
 from lorahub_registry.registry.records import AdapterRecord
@@ -59,7 +59,7 @@ def resolve_base(
 
     Raises:
         AmbiguousRef: a family name that more than one known base answers to.
-        BaseModelError: no base there.
+        BaseModelError: no base there, or the name is an adapter's.
         HubError: the Hub has none of that name, or cannot be reached.
     """
     folder = expand(text, beside=beside)
@@ -76,7 +76,13 @@ def resolve_base(
     from lorahub_registry.hub.base import pull_base
 
     settings = Settings.from_environment()
-    folder, commit = pull_base(name, revision or None, settings=settings, progress=progress)
+    try:
+        folder, commit = pull_base(name, revision or None, settings=settings, progress=progress)
+    except HubError as error:
+        _no_adapter(name, registry)
+        if "/" not in name:  # an adapter's page shows such names of bases that are folders
+            error.hint = f"a folder is written as a path, ./{name}, and a Hub id with its owner"
+        raise
     return ResolvedBase(_facts(folder, name, commit, registry, hashed, progress), folder)
 
 
@@ -127,6 +133,29 @@ def _by_family(name: str, registry: Registry) -> str:
             hint="write the one you mean in full",
         )
     return matches[0] if matches else name
+
+
+def _no_adapter(name: str, registry: Registry) -> None:
+    """Say so where a model is wanted and the name is that of an adapter.
+
+    Raises:
+        BaseModelError: it is.
+    """
+    try:
+        record = registry.get(name).record
+    except UnknownRef:
+        return
+    except AmbiguousRef:
+        raise BaseModelError(
+            f"{name} is the name of adapters in the registry, and a model is wanted here",
+            hint="a model's folder or Hub id",
+        ) from None
+    said = f"{name} is an adapter in the registry ({record.peft_type}), and a model is wanted here"
+    if record.peft_type == "LORA":
+        hint = f"make a model of it: lorareg merge --base BASE --adapter {name} --out FOLDER"
+    else:
+        hint = f"a model's folder or Hub id, such as its base's: {record.base.name or 'unknown'}"
+    raise BaseModelError(said, hint=hint) from None
 
 
 def load_found(

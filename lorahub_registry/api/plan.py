@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorahub_registry.api.prepare import Prepared, agreed_license, prepare
+from lorahub_registry.api.prepare import Prepared, prepare
 from lorahub_registry.errors import BaseModelError
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.recipes import Recipe, RecipeFile, overlap, render
@@ -43,8 +43,6 @@ def plan(
     ready = prepare(recipe, registry=registry, force=True, lock=lock, progress=progress)
     if shared := overlap(ready.train, ready.test):
         progress.warn(f"{shared} of {len(ready.test)} test rows are also training rows")
-    if agreed_license(ready.recipe, ready.members) is None:
-        progress.warn("its licence is unknown, so it cannot be pushed; license: … in the recipe")
     facts = _estimate(ready, progress)
     # One that does not agree has ended the plan by now.
     agrees = None if lock is None else {"path": str(lock), "agrees": True}

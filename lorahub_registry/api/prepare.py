@@ -110,8 +110,8 @@ def prepare(
             progress.warn(
                 f"{member.name} decides while it runs; its plain LoRA is taken, another model"
             )
-    if wanted.publish is not None:
-        agreed_license(wanted, members)
+    if agreed_license(wanted, members) is None:
+        progress.warn("its licence is unknown, so it cannot be pushed; license: … in the recipe")
     train, test = (
         read_rows(split, seed=wanted.seed, beside=file.folder) if split else ()
         for split in (wanted.data.train if wanted.method.reads_train else None, wanted.data.test)

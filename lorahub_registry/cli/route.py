@@ -61,10 +61,10 @@ def route(
     those lie, their centroid, is learned once, by --learn; then PROMPT is compared with the
     centroids of all adapters of the base, and no adapter is loaded or even pulled.
 
-    SIMILARITY is 1 where an adapter's rows lie, and 0 as far away as the adapters are from each
-    other. DISTANCE is 1 where its own rows lie on average: a prompt that is twice as far from the
-    nearest may be for none of them, which is said. Of an adapter trained again into another folder
-    only the newest takes part.
+    SIMILARITY is 1 at the mean of an adapter's rows, 0 as far from it as the adapters' means are
+    from each other, and negative farther out. DISTANCE is 1 where its own rows lie on average: a
+    prompt that is twice as far from the nearest may be for none of them, which is said. Of an
+    adapter trained again into another folder only the newest takes part.
 
     \b
     Examples:

@@ -40,6 +40,7 @@ def static_rivals(
         name = rival_name(learn)
         wanted = recipe.model_copy(update={"method": learn})
         try:
+            progress.say(f"learning the {name}, to compare with")
             with progress.task(f"The {name}"):
                 # Quietly: it is advice on coefficients that nobody is going to publish.
                 found[name] = fit(wanted, members, base, train, means=means)

@@ -66,7 +66,10 @@ def conflicts(recipe: Mapping[str, Any]) -> Iterator[Conflict]:
                     "none; name the adapters",
                 )
             elif not given and entry:
-                yield Conflict(("adapters", i), f"method {name} needs its coefficient here")
+                yield Conflict(
+                    ("adapters", i),
+                    f"method {name} needs its coefficient here (coefficient: NUMBER)",
+                )
         yield from _names(method, recipe, entries)
         if learned and _at(recipe, "data", "train") is None:
             yield Conflict(("data", "train"), f"is missing; method {name} learns from its rows")

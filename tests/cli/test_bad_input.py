@@ -447,6 +447,16 @@ def test_offline_names_what_is_missing(lorareg, monkeypatch):
     assert "unset HF_HUB_OFFLINE" in said
 
 
+def test_a_bare_name_of_a_base_may_have_been_a_folders(lorareg, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    recipe = {"version": 1, "name": "m", "base": "mymodel", "method": {"type": "linear"},
+              "adapters": [{"ref": "./x", "coefficient": 1}],
+              "output": {"path": "out"}}  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    said = lorareg.fails("compose", tmp_path / "recipe.yaml")
+    assert "a folder is written as a path, ./mymodel, and a Hub id with its owner" in said
+
+
 # Options
 
 

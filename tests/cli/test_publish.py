@@ -180,7 +180,9 @@ def test_a_token_in_a_file_stops_a_push(hub, logged_in, lorareg, kitchen):
 
 
 def test_a_mixture_of_unknown_licence_is_not_pushed(lorareg, kitchen):
-    lorareg("compose", kitchen.recipe(license=None))
+    done = lorareg("compose", kitchen.recipe(license=None))
+    # Before anything is computed that would have to be computed again.
+    assert done.err.startswith("Warning: its licence is unknown, so it cannot be pushed; license:")
     said = lorareg.fails("push", "blend", "me/mine", "--dry-run")
     assert "blend: its licence is unknown, and the unknown is not published" in said
     assert "license: …" in said

@@ -230,7 +230,9 @@ def test_no_message_speaks_the_validator_s_jargon() -> None:
 
 def test_linear_wants_a_coefficient_for_each_adapter() -> None:
     text = changed("{ref: ./two, coefficient: 0.5}", "./two", LINEAR)
-    assert problems(text) == ("line 6: adapters[1]: method linear needs its coefficient here",)
+    assert problems(text) == (
+        "line 6: adapters[1]: method linear needs its coefficient here (coefficient: NUMBER)",
+    )
 
 
 def test_linear_does_not_take_a_search() -> None:
