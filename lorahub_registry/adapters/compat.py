@@ -10,7 +10,7 @@ from pathlib import Path
 from lorahub_registry.adapters.base_files import BaseFacts
 from lorahub_registry.adapters.bases import BaseName
 from lorahub_registry.adapters.config import CONFIG_NAME, REFUSED
-from lorahub_registry.adapters.dynamic import FOLDER, PEFT_TYPE, plain_instead
+from lorahub_registry.adapters.dynamic import FOLDER, PEFT_TYPE, folder_to_run, plain_instead
 from lorahub_registry.adapters.facts import AdapterFacts
 from lorahub_registry.adapters.mixlora import KINDS
 from lorahub_registry.errors import IncompatibleAdapters
@@ -95,6 +95,20 @@ def check_single(name: str, key: str, folder: Path, kind: str) -> None:
     )
 
 
+def plain_taken(members: Sequence[Member], done: str) -> list[str]:
+    """Whose plain LoRA is taken in place of a mixture that decides, one sentence each.
+
+    Args:
+        done: what is done with it, as ``merged``.
+    """
+    return [
+        f"{m.name}: what is {done} is its plain LoRA with fixed coefficients, another model than "
+        f"the mixture in {FOLDER}/, which decides while it runs"
+        for m in members
+        if folder_to_run(m.folder) != m.folder
+    ]
+
+
 def check_sum(members: Sequence[Member]) -> None:
     """Whether a weighted sum of deltas expresses every member exactly.
 
@@ -106,10 +120,16 @@ def check_sum(members: Sequence[Member]) -> None:
         config = member.facts.config
         check_single(member.name, member.key, member.folder, config.peft_type)
         check_weights(member)
+        if config.peft_type == PEFT_TYPE:
+            raise IncompatibleAdapters(
+                f"{member.name}: it is {PEFT_TYPE}: its coefficients differ from token to token or "
+                "from prompt to prompt, so that it cannot be merged, resized or summed",
+                hint=plain_instead(member.folder),
+            )
         if config.peft_type != "LORA":
             raise IncompatibleAdapters(
                 f"{member.name}: it is {config.peft_type}, and only LoRA adapters can be summed",
-                hint=plain_instead(member.folder) if config.peft_type == PEFT_TYPE else _LEAVE,
+                hint=_LEAVE,
             )
         if config.unsupported:
             feature, _, value = config.unsupported[0].partition("=")
@@ -192,6 +212,13 @@ def check_base(members: Sequence[Member], base: BaseFacts, *, allow: bool = Fals
     for member in members:
         problem = _identity(member, base)
         if problem and not allow:
+            try:
+                _shapes(member, base)
+            except IncompatibleAdapters as unfit:  # then nothing allows it
+                raise IncompatibleAdapters(
+                    f"{problem}, and its shapes tell the same: {unfit}",
+                    hint="leave it out, or take the base that it was made for",
+                ) from None
             raise IncompatibleAdapters(
                 problem,
                 hint=f"if you know that it is right: lorareg add {member.key} --base {base.name}, "

@@ -352,7 +352,8 @@ def _lora(read: Values) -> LoraPart:
 def _routing(read: Values, strategy: str, experts: int) -> Routing:
     if strategy in {"mixlora", "mola"}:
         k = read.whole("top_k", 2, most=MAX_EXPERTS)
-        if k > experts and "num_experts" in read.raw:
+        counted = not any("num_experts " in problem for problem in read.problems)
+        if k > experts and counted:
             read.problems.append(f"top_k is {k}, and num_experts is {experts}")
         return TopK(k)
     if strategy == "mixlora-dynamic":

@@ -11,9 +11,16 @@ import yaml
 
 MAX_FRONT_MATTER = 64 << 10
 MAX_CARD = 1 << 20
+MAX_DESCRIPTION = 600
 _FRONT = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _NOISE = re.compile(r"<!--.*?(?:-->|\Z)|```.*?(?:```|\Z)|<[^<>\n]{0,300}>", re.DOTALL)
 _NO_PROSE = re.compile(r"[#|!>=-]|\*(?!\*)|\d+[.)] |\[ ?\]\(")
+_MARKS = re.compile(
+    r"(?<!\\)\*\*(?=\S)([^*]+)(?<=\S)\*\*|(?<!\\)`([^`]+)(?<!\\)`"
+    r"|(?<!\\)\[([^\[\]]+)\]\([^()\s]*\)"
+)
+_ESCAPED = re.compile(r"\\([!-/:-@\[-`{-~])")
+_END = re.compile(r"[.!?](?=\s)")
 # Lines of the Hub's unfilled template and of trainers' generated cards: they say nothing.
 _BOILERPLATE = re.compile(
     r"more information needed|\[optional\]|model card for|this modelcard aims|mlco2"
@@ -31,7 +38,8 @@ class Card:
 
     Attributes:
         title: its first heading, without the template's.
-        description: the first prose paragraphs, at most 600 characters.
+        description: the first prose paragraphs, without marks of bold, code and links; at
+            most 600 characters.
         scores: (task, dataset, metric, value) of its ``model-index``.
         problem: why the front matter could not be read; "" where it could.
     """
@@ -109,7 +117,27 @@ def _prose(body: str) -> tuple[str, str]:
                 title = line.lstrip("# ").strip()[:200]
         elif not _BOILERPLATE.search(line):
             current = f"{current} {line}".strip()
-    return title, " ".join(paragraphs)[:600]
+    return title, _cut(_plain(" ".join(paragraphs)[: 2 * MAX_DESCRIPTION]))
+
+
+def _plain(text: str) -> str:
+    """Without the marks of bold, code and links, and what was escaped as it is read."""
+    return _ESCAPED.sub(r"\1", _MARKS.sub(lambda found: next(filter(None, found.groups())), text))
+
+
+def _cut(text: str) -> str:
+    """Whole sentences, where most of what fits is some."""
+    if len(text) <= MAX_DESCRIPTION:
+        return text
+    ends = [end.end() for end in _END.finditer(text, 0, MAX_DESCRIPTION + 1)]
+    whole = ends and ends[-1] >= MAX_DESCRIPTION // 2
+    return text[: ends[-1] if whole else MAX_DESCRIPTION]
+
+
+def sentences(text: str, most: int) -> str:
+    """The first ``most`` of ``text``."""
+    ends = [end.end() for end in _END.finditer(text)]
+    return text[: ends[most - 1]] if len(ends) >= most else text
 
 
 def _tasks(metadata: Mapping[str, Any]) -> tuple[str, ...]:

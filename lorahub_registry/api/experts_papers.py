@@ -14,7 +14,7 @@ from lorahub_registry.adapters.config import CONFIG_NAME
 from lorahub_registry.adapters.experts import of_folder
 from lorahub_registry.adapters.facts import digest_of, read_facts
 from lorahub_registry.adapters.mixlora import MixLora
-from lorahub_registry.adapters.readme import read_card
+from lorahub_registry.adapters.readme import read_card, sentences
 from lorahub_registry.adapters.tensors import PICKLE_NAME, WEIGHTS_NAME, file_sha256
 from lorahub_registry.api.gates_papers import command_digest, put_papers
 from lorahub_registry.api.output import report_head
@@ -109,7 +109,7 @@ def write_experts_papers(
         },
         "skills": list(dict.fromkeys(skill.name for skill in record.skills)),
         "languages": [x for x in map(str.lower, card.languages) if _LANGUAGE.match(x)],
-        "description": card.description or card.title,
+        "description": sentences(card.description, 2) or card.title,
         "license": license or said,
         "datasets": list(card.datasets),
         "notes": notes,

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from lorahub_registry.adapters.dynamic import PEFT_TYPE
+from lorahub_registry.adapters.kinds import PEFT_TYPES
+from lorahub_registry.adapters.mixlora import KINDS
 from lorahub_registry.errors import UsageError
 from lorahub_registry.progress import Progress, silent
 from lorahub_registry.refs import AdapterRef
@@ -61,6 +64,23 @@ def search(
         with Registry(progress=progress) as opened:
             return opened.search(query)
     return registry.search(query)
+
+
+def unknown_type(peft_type: str, registry: Registry) -> str | None:
+    """That no adapter has this type and nothing is called so; None where one has, or may.
+
+    Args:
+        peft_type: as of :func:`search`.
+    """
+    from lorahub_registry.recipes.fields import did_you_mean
+    from lorahub_registry.recipes.methods import METHODS
+
+    known = [*METHODS, *PEFT_TYPES, *KINDS, PEFT_TYPE]
+    if peft_type.lower() in {name.lower() for name in known}:
+        return None
+    if registry.search(Query(peft_type=peft_type, limit=0)).total:
+        return None
+    return f"no adapter here is of type {peft_type!r}{did_you_mean(peft_type, known)}"
 
 
 def rank_range(rank: str | int | None) -> tuple[int | None, int | None]:

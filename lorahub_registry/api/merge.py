@@ -9,9 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorahub_registry.adapters.compat import Member, check_base, check_sum
+from lorahub_registry.adapters.compat import Member, check_base, check_sum, plain_taken
 from lorahub_registry.adapters.config import CONFIG_NAME
-from lorahub_registry.adapters.dynamic import FOLDER, folder_to_run
 from lorahub_registry.adapters.tensors import file_sha256
 from lorahub_registry.api.bases import ResolvedBase, resolve_base
 from lorahub_registry.api.device import streaming_device
@@ -88,12 +87,7 @@ def merge(
     # Shapes are checked against the model itself, which knows tied and turned ones.
     notes = check_base(members, replace(found.facts, shapes={}), allow=True)
     notes += _silent_biases(members)
-    notes += [
-        f"{m.name}: what is merged is its plain LoRA with fixed coefficients, another model than "
-        f"the mixture in {FOLDER}/, which decides while it runs"
-        for m in members
-        if folder_to_run(m.folder) != m.folder
-    ]
+    notes += plain_taken(members, "merged")
     for note in notes:
         progress.warn(note)
     return _write(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from lorahub_registry.adapters.compat import check_sum
+from lorahub_registry.adapters.compat import check_sum, plain_taken
 from lorahub_registry.adapters.config import CONFIG_NAME
 from lorahub_registry.adapters.tensors import file_sha256
 from lorahub_registry.api.factored import (
@@ -66,6 +66,8 @@ def resize(
     found = resolve_refs([str(ref)], beside=Path.cwd(), registry=registry, progress=progress)
     [member] = found.members
     check_sum([member])
+    for note in plain_taken([member], "resized"):
+        progress.warn(note)
     base = found.records[member.name].base
     file = AdapterFile(member.name, member.folder, member.facts)
     with progress.task(f"Checking {member.name}"):

@@ -46,10 +46,18 @@ class Loaded:
     prompt: str
     _base: LoadedBase
 
+    def __repr__(self) -> str:
+        kind = self.model.peft_config["adapter"].peft_type.value
+        return f"<{kind} {self.name!r} on {self._base.name!r}, ready to generate>"
+
     def generate(
         self, text: str, *, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0
     ) -> str:
-        """What it answers to ``text``, put into the prompt's template; greedy at temperature 0."""
+        """What it answers to ``text``, put into the prompt's template; greedy at temperature 0.
+
+        Raises:
+            UsageError: ``text`` is no text.
+        """
         return _answer(self._base, self.model, self.prompt, text, max_new_tokens, temperature, seed)
 
 
@@ -140,7 +148,7 @@ def generate(
         template: Jinja over ``input``; by default the mixture's own.
 
     Raises:
-        UsageError: a name twice.
+        UsageError: a name twice, or a prompt that is no text.
         IncompatibleAdapters: one of them was made for another base.
         BrokenAdapter: as in :func:`load`.
     """
@@ -224,6 +232,11 @@ def _answer(
     from lorahub_registry.recipes import render
     from lorahub_registry.recipes.rows import Row
 
+    if not isinstance(text, str):
+        raise UsageError(
+            f"generate takes one prompt, a text, and was given {text!r:.60}",
+            hint="call it once for each prompt",
+        )
     chat = template == "chat"
     prompt = text if chat else render(template, Row(text, "-", {"input": text, "output": "-"}))
     # The output only has to be there: generation looks at the prompt alone.

@@ -8,10 +8,10 @@ from typing import Any
 
 from lorahub_registry.adapters.config import CONFIG_NAME
 from lorahub_registry.adapters.dynamic import FOLDER, PEFT_TYPE, folder_to_run
-from lorahub_registry.adapters.facts import digest_of, read_config
+from lorahub_registry.adapters.facts import digest_of, read_config, read_facts
 from lorahub_registry.adapters.tensors import PICKLE_NAME, WEIGHTS_NAME
 from lorahub_registry.card import RECIPE_NAME, RESULTS_NAME, is_converted, is_trained, read_results
-from lorahub_registry.errors import BrokenAdapter
+from lorahub_registry.errors import BrokenAdapter, LoraregError
 
 
 def add_digests(results: dict[str, Any], folder: Path) -> None:
@@ -45,6 +45,19 @@ def check_tensors(folder: Path, said: Mapping[str, Any], results: Mapping[str, A
     )
 
 
+def damage(folder: Path) -> str:
+    """What is wrong with the ``dynamic/`` of the mixture in ``folder``; "" where nothing is.
+
+    By its headers: who asks wants no gigabytes read.
+    """
+    try:
+        read_facts(folder / FOLDER)
+        _present(folder / FOLDER)
+    except LoraregError as error:
+        return str(error)
+    return ""
+
+
 def check_dynamic(folder: Path) -> None:
     """Whether the part of a mixture that decides is whole, and the one that was composed.
 
@@ -59,10 +72,7 @@ def check_dynamic(folder: Path) -> None:
     inner = folder_to_run(folder)
     if inner.name != FOLDER:
         return
-    if not any((inner / name).is_file() for name in (WEIGHTS_NAME, PICKLE_NAME)):
-        raise BrokenAdapter(
-            f"{inner / WEIGHTS_NAME}: no such file, so no mixture", hint="compose it again"
-        )
+    _present(inner)
     # Results alone are some other tool's.
     beside = inner.parent
     made = (CONFIG_NAME, RECIPE_NAME, RESULTS_NAME)
@@ -71,3 +81,10 @@ def check_dynamic(folder: Path) -> None:
     if read_config(inner).peft_type != PEFT_TYPE:
         results = read_results(beside)
         check_tensors(inner, results.get("routing", {}), results)
+
+
+def _present(inner: Path) -> None:
+    if not any((inner / name).is_file() for name in (WEIGHTS_NAME, PICKLE_NAME)):
+        raise BrokenAdapter(
+            f"{inner / WEIGHTS_NAME}: no such file, so no mixture", hint="compose it again"
+        )

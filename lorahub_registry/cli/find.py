@@ -75,6 +75,7 @@ def search(
       lorareg search --min-score gsm8k=40 --sort score:gsm8k
     """
     from lorahub_registry.api.find import search as run
+    from lorahub_registry.api.find import unknown_type
     from lorahub_registry.cli.shown import COLUMNS, rows
     from lorahub_registry.registry.store import Registry
 
@@ -93,13 +94,16 @@ def search(
             registry=registry,
         )
         known = registry.counts()["adapters"] if not found.adapters else 0
+        typo = unknown_type(peft_type, registry) if peft_type and not found.adapters else None
     if base and found.bases != (base,):
         names = ", ".join(found.bases) or "none that is known"
         out.say(f"base {base}: {names}")
     out.table(rows(found.adapters), COLUMNS, quiet="ref")
     if found.total > len(found.adapters):
         out.say(f"{len(found.adapters)} of {found.total}; --limit shows more")
-    if not found.adapters:
+    if typo:
+        out.say(typo)
+    elif not found.adapters:
         out.say(f"nothing found among {known} adapters" if known else "the registry is empty")
         _how_to_fill(out, base)
 
@@ -151,7 +155,7 @@ def show(ref: str, with_weights: bool, figure: Path | None, out: Output) -> None
       lorareg show zog --weights --plot zog.png
       lorareg show uukuguy/speechless-multi-loras-r64/Intel/neural-chat-7b-v3-1-lora --json
     """
-    from lorahub_registry.cli.shown import facts, page, short_ref
+    from lorahub_registry.cli.shown import dynamic_problem, facts, page, short_ref
     from lorahub_registry.registry.store import Registry
 
     if figure is not None:
@@ -166,7 +170,9 @@ def show(ref: str, with_weights: bool, figure: Path | None, out: Output) -> None
         else:
             stored = _known(ref, registry)
         used_in = [m.record.name for m in registry.mixtures_of(stored.id)]
-        known, text = facts(stored, used_in), page(stored, used_in)
+        problem = dynamic_problem(stored.record)
+        known, text = facts(stored, used_in), page(stored, used_in, problem)
+        known["dynamic_problem"] = problem or None
         if not stored.id:
             known |= {"added_at": None, "updated_at": None}  # it is not registered
         if with_weights or figure is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lorahub_registry.adapters.dynamic import FOLDER
@@ -108,10 +109,12 @@ def facts(stored: StoredAdapter, used_in: list[str]) -> dict[str, Any]:
     }
 
 
-def _dynamic(record: AdapterRecord) -> str:
+def _dynamic(record: AdapterRecord, problem: str) -> str:
     """Of a mixture that decides while it runs: where that is, and that the rest is not of it."""
     if not _decides(record):
         return ""
+    if problem:
+        return f"damaged, so that nothing runs it: {problem}; what stands here is its plain LoRA"
     return (
         f"the mixture itself is in {FOLDER}/ and decides while it runs: generate and explain take "
         "that one; what stands here is its plain LoRA"
@@ -122,8 +125,17 @@ def _decides(record: AdapterRecord) -> bool:
     return any(file.name.startswith(f"{FOLDER}/") for file in record.files)
 
 
-def page(stored: StoredAdapter, used_in: list[str]) -> str:
-    """Everything known, for people."""
+def dynamic_problem(record: AdapterRecord) -> str:
+    """What is wrong with the part of a mixture here that decides; "" where nothing is."""
+    from lorahub_registry.api.written import damage
+
+    if not _decides(record) or record.local_path is None:
+        return ""
+    return damage(Path(record.local_path))
+
+
+def page(stored: StoredAdapter, used_in: list[str], problem: str = "") -> str:
+    """Everything known, for people; ``problem``: see :func:`dynamic_problem`."""
     record = stored.record
     how = {"declared": "", "given": " (given by the user)", "unknown": " (unknown)"}.get(
         record.base.how, f" (inferred; its config says {clean(record.base.declared)})"
@@ -140,7 +152,7 @@ def page(stored: StoredAdapter, used_in: list[str]) -> str:
         _line("name", record.name),
         _line("base", f"{clean(record.base.name) or '-'}{how}"),
         _line("kind", f"{kind} (a plain LoRA with fixed coefficients)" if plain else kind),
-        _line("dynamic", _dynamic(record)),
+        _line("dynamic", _dynamic(record, problem)),
         *(inside if plain else []),
         _line("rank", ranks or record.rank),
         _line("alpha", record.alpha),

@@ -12,6 +12,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
 
+from lorahub_registry.adapters.config import CONFIG_NAME
 from lorahub_registry.adapters.facts import PREFIX
 from lorahub_registry.adapters.mixlora import MixLora, differing
 from lorahub_registry.errors import BrokenAdapter, IncompatibleAdapters
@@ -41,10 +42,21 @@ class OfFile:
 
 
 class NativeConfig(OfFile):
-    """m-LoRA's config, which says how to compute with its tensors what they do not say."""
+    """m-LoRA's config, which says how to compute with its tensors what they do not say.
+
+    Attributes:
+        where: what messages about its values call it.
+    """
 
     mix: Any
     peft_type: Any
+    where: str = CONFIG_NAME
+
+    def __post_init__(self) -> None:
+        # A file states its type, and PEFT hands it on; what is made in memory need not.
+        if self.peft_type is None:
+            self.where = type(self).__name__
+        super().__post_init__()  # type: ignore[misc]
 
     def own_act_fn(self, model: Any) -> str | None:
         """The name of the base's activation, which a config without one means."""

@@ -124,7 +124,7 @@ class MixLoraConfig(NativeConfig, LoraConfig):
         raw["task_type"] = None if self.task_type is None else str(self.task_type.split(".")[-1])
         if isinstance(raw["target_modules"], set):
             raw["target_modules"] = sorted(raw["target_modules"])
-        return parse_mixlora({**raw, "peft_type": "MIXLORA", **more}, "adapter_config.json")
+        return parse_mixlora({**raw, "peft_type": "MIXLORA", **more}, self.where)
 
     def to_dict(self) -> dict[str, Any]:
         """m-LoRA's keys, none of them null."""
@@ -283,6 +283,18 @@ class MixLoraModel(NativeNames, LoraModel):
             yield
         finally:
             self._flow.seen = before
+
+    def coefficients(self, *_: Any, **__: Any) -> Any:
+        """Refuse: of MixLoRA's experts each layer's router decides.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            "a MixLoRA takes no coefficients: the router of each layer weighs its experts",
+            hint="watching(…) tells what they choose; adapters with coefficients of your own are a "
+            "LORA_MIXTURE: lorareg compose",
+        )
 
     def router_losses(self, adapter: str) -> dict[str, torch.Tensor]:
         """What the last forward's router is held to, each with its coefficient; in training."""

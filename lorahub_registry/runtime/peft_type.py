@@ -210,12 +210,13 @@ class MixtureModel(BaseTuner):
 
     @contextmanager
     def coefficients(
-        self, c: Coefficients | torch.Tensor, adapter: str | None = None
+        self, c: Coefficients | torch.Tensor | Sequence[Any], adapter: str | None = None
     ) -> Iterator[None]:
         """Use these coefficients in the block, in place of what the router would choose.
 
         Args:
-            c: [E] for all rows, or [rows, 1, E], one line for each row of the batches.
+            c: [E] for all rows, or [rows, 1, E], one line for each row of the batches; whatever
+                ``torch.as_tensor`` makes floating point of.
             adapter: the mixture's name in this model; None: the active one.
 
         Raises:
@@ -225,7 +226,7 @@ class MixtureModel(BaseTuner):
         name = adapter or self.active_adapters[0]
         if name not in self.peft_config:
             raise UsageError(f"no mixture is called {name} here", hint=", ".join(self.peft_config))
-        found = c if isinstance(c, Coefficients) else Coefficients(c)
+        found = c if isinstance(c, Coefficients) else Coefficients(_tensor(c))
         found.check(len(self.peft_config[name].dynamic.experts))
         before = self._flow.given.get(name)
         self._flow.given[name] = found
@@ -256,6 +257,9 @@ class MixtureModel(BaseTuner):
 
         Args:
             prompts: [rows, positions], 1 at the tokens of prompts.
+
+        Raises:
+            UsageError: in the block, they are not of a batch's shape.
         """
         before, self._flow.prompts = self._flow.prompts, prompts
         try:
@@ -285,6 +289,15 @@ class MixtureModel(BaseTuner):
             raise ValueError(MERGE)
         take_off(self.model)
         return super()._unload_and_optionally_merge(merge=False, **kwargs)
+
+
+def _tensor(values: Any) -> torch.Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"coefficients that are no numbers: {error}", hint="torch.tensor([1.0, 0.0])"
+        ) from error
 
 
 def _check_later(model: nn.Module, adapter: str, dynamic: Dynamic) -> None:

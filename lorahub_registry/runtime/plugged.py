@@ -84,7 +84,7 @@ class PluggedConfig(NativeConfig, PeftConfig):
         raw = {**vars(self), "peft_type": str(self.peft_type).rpartition(".")[2]}
         if isinstance(raw["target_modules"], set):
             raw["target_modules"] = sorted(raw["target_modules"])
-        return parse_mixlora(raw, "adapter_config.json")
+        return parse_mixlora(raw, self.where)
 
     def to_dict(self) -> dict[str, Any]:
         """m-LoRA's keys, none of them null."""

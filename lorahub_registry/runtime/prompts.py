@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lorahub_registry.errors import IncompatibleAdapters
+from lorahub_registry.errors import IncompatibleAdapters, UsageError
 
 
 def mask_of(mask: Any, ids: torch.Tensor) -> torch.Tensor | None:
@@ -48,7 +48,16 @@ def prompt_means(
         mask: the same, 0 at padding; None: no padding.
         layer: 0 for the embeddings, n for what the n-th layer gives.
         counted: 1 at the tokens of prompts, 0 at answers that follow; None: all but padding.
+
+    Raises:
+        UsageError: ``counted`` is not of the rows and positions of ``ids``.
     """
+    if counted is not None and not _covers(counted, ids):
+        said = list(counted.shape) if isinstance(counted, torch.Tensor) else type(counted).__name__
+        raise UsageError(
+            f"reading was given {said} for a batch of {list(ids.shape)} tokens",
+            hint=f"give a tensor {list(ids.shape)}, 1 at the tokens of prompts and 0 elsewhere",
+        )
     if layer == 0:
         states = reader.get_input_embeddings()(ids)
     else:
@@ -64,3 +73,13 @@ def prompt_means(
     seen = counted if counted is not None else torch.ones_like(ids) if mask is None else mask
     weight = seen[:, -ids.shape[1] :, None].to(torch.float32)
     return (states.float() * weight).sum(1) / weight.sum(1).clamp_min(1)
+
+
+def _covers(counted: Any, ids: torch.Tensor) -> bool:
+    """Whether there is one for each token, or one row for all; a cut prompt has some in front."""
+    return (
+        isinstance(counted, torch.Tensor)
+        and counted.dim() == 2
+        and len(counted) in {1, len(ids)}
+        and counted.shape[1] >= ids.shape[1]
+    )

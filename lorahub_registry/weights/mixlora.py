@@ -142,7 +142,11 @@ def _said(folder: Path) -> MixLora:
     config = read_config(folder)
     if config.peft_type not in KINDS:
         raise IncompatibleAdapters(
-            f"{folder}: it is {config.peft_type}, none of {', '.join(KINDS)}"
+            f"{folder}: it is {config.peft_type}, none of {', '.join(KINDS)}",
+            hint="a MixLoRA is composed of several LoRA adapters: a recipe with "
+            "method: {type: mixlora}"
+            if config.peft_type == "LORA"
+            else None,
         )
     return parse_mixlora(config.raw, str(folder / CONFIG_NAME))
 

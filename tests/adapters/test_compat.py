@@ -211,6 +211,15 @@ def test_another_variant_is_refused_though_its_shapes_are_the_same(tmp_path: Pat
     assert passed == f"one was made for {BASE}, not for {other.name}"
 
 
+def test_what_no_word_makes_fit_is_not_offered_to_be_allowed(tmp_path: Path) -> None:
+    one = member(adapter(tmp_path / "one"))
+    wide = BaseFacts("me/wide-7b", {f"{module}.weight": (16, 16) for module in (Q, V)})
+    with pytest.raises(IncompatibleAdapters, match=f"one was made for {BASE}, not for") as caught:
+        check_base([one], wide)
+    assert f"one does not fit me/wide-7b: {Q} is 8x8 in the adapter and 16x16" in str(caught.value)
+    assert caught.value.hint == "leave it out, or take the base that it was made for"
+
+
 def test_an_adapter_that_names_no_base_is_refused(tmp_path: Path) -> None:
     one = member(adapter(tmp_path / "one"), base=None)
     with pytest.raises(IncompatibleAdapters, match="does not say which base"):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorahub_registry.adapters.readme import Card, read_card
+from lorahub_registry.adapters.readme import Card, read_card, sentences
 from lorahub_registry.adapters.skills import find_skills
 
 
@@ -211,3 +211,19 @@ def test_templates_among_the_real_cards_give_no_skill_by_their_prose(data: Path)
             ]
     assert len(prose) >= 5
     assert not any(prose.values())
+
+
+def test_marks_and_escapes_are_read() -> None:
+    found = read_card(
+        "A mixture for `a_b`, by **us**.\n\nSaid: \\*\\*not bold\\*\\*, 2 ** 3, see [it](https://x.y)."
+    )
+    assert found.description == "A mixture for a_b, by us. Said: **not bold**, 2 ** 3, see it."
+
+
+def test_a_long_description_stops_at_a_sentence() -> None:
+    text = "This is 1.5 words. " * 50
+    found = read_card(text).description
+    assert found.endswith("This is 1.5 words.")
+    assert 580 < len(found) <= 600
+    assert sentences(text, 2) == "This is 1.5 words. This is 1.5 words."
+    assert sentences("Just one", 2) == "Just one"

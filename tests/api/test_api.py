@@ -129,6 +129,16 @@ def test_load_and_generate(kitchen):
     assert hot[0] == hot[1] != hot[2]
 
 
+def test_what_was_loaded_is_shown_in_a_line_and_takes_one_prompt(kitchen):
+    base = (kitchen.tiny.model(), kitchen.tiny.tokenizer())
+    loaded = lr.load(kitchen.lora("ia3"), base=base)
+    assert repr(loaded) == "<IA3 'ia3' on 'tiny-llama', ready to generate>"
+    for no_text in (["a", "b"], 3, None):
+        with pytest.raises(lr.LoraregError, match="takes one prompt, a text, and was given") as no:
+            loaded.generate(no_text)
+        assert (repr(no_text) in str(no.value), no.value.exit_code) == (True, 2)
+
+
 def test_load_answers_as_generate_does(kitchen):
     from lorahub_registry.api.talk import generate
 

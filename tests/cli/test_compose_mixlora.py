@@ -54,6 +54,17 @@ def test_it_is_composed_shown_and_registered(lorareg, kitchen):
     assert "\nexperts     2 in 2 of 2 layers; rank " in page
     assert "\nrouter      mixlora: the 2 likeliest of each token (top_k)" in page
     assert stored["experts"].items() >= {"num_experts": 2, "top_k": 2, "layers": 2}.items()
+    # A part that decides and is not what was composed is not offered.
+    assert stored["dynamic_problem"] is None
+    weights = kitchen.out / "dynamic" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-9])
+    said = lorareg("show", "blend", "--json").json["dynamic_problem"]
+    assert "long where its header promises" in said
+    page = lorareg("show", "blend").out
+    assert "\ndynamic     damaged, so that nothing runs it: " in page
+    assert "generate and explain take" not in page
+    weights.write_bytes(whole)
     # Without its part that decides it is the plain LoRA that its config says.
     (kitchen.out / "dynamic" / "adapter_config.json").unlink()
     assert lorareg("show", "blend", "--json").json["experts"] is None
@@ -76,7 +87,8 @@ def test_its_plain_lora_is_not_taken_for_it(lorareg, composed):
         assert "here it is LORA; the experts of the mixture are in dynamic/" in said
         assert f"Hint: lorareg convert {inner} new --to {layout}" in said
     lorareg("convert", inner, "new", "--to", "mixlora")
-    assert "Hint" not in lorareg.fails("convert", composed / "loras/plain", "x", "--to", "mixlora")
+    said = lorareg.fails("convert", composed / "loras/plain", "x", "--to", "mixlora")
+    assert said.splitlines()[-1].endswith("a recipe with method: {type: mixlora}")
 
 
 def test_the_card_tells_loads_entropy_and_the_dead(lorareg, composed):

@@ -246,11 +246,14 @@ def test_of_a_folder_no_path_is_told(lorareg, quick, tiny_llama):
         ("dare", "--adapter", inner, "--rank", "2"),
     ):
         said = lorareg.fails(*words, "--out", "no")
-        assert "it is LORA_MIXTURE, and only LoRA adapters can be summed" in said
+        assert "it is LORA_MIXTURE: its coefficients differ from token to token" in said
+        assert "so that it cannot be merged, resized or summed" in said
         assert f"Hint: it decides while it runs; its plain LoRA stands beside it: {out}" in said
     said = lorareg.fails("compare", inner, quick / "LoRAs/zh_lora")
     assert f"its plain LoRA stands beside it: {out}" in said
-    lorareg("resize", out, "--rank", "2", "--out", "small")
+    told = lorareg("resize", out, "--rank", "2", "--out", "small").err
+    assert "old: what is resized is its plain LoRA with fixed coefficients, another model" in told
+    assert "another model" not in lorareg("resize", "small", "--rank", "1", "--out", "less").err
     alone = shutil.copytree(inner, quick.parent / "alone")
     said = lorareg.fails("resize", alone, "--rank", "2", "--out", "no")
     assert "take the adapters that it is made of" in said

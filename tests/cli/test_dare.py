@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from lorahub_registry.registry.store import Registry
-from tests.cli.conftest import ROOT, Kitchen, Lorareg, edit_tensors, tree
+from tests.cli.conftest import ROOT, Kitchen, Lorareg, edit_config, edit_tensors, tree
 
 MODELS = ("--base", "small", "--tuned", "tuned", "--rate", "0.6")
 
@@ -331,3 +332,21 @@ def test_nothing_that_stays_is_an_error(lorareg: Lorareg, kitchen: Kitchen) -> N
     words = ("--adapter", "loras/plain", "--rate", "0.9999", "--strategy", "magnitude")
     assert "no entry that is not zero stays" in lorareg.fails("dare", *words, "--out", "out")
     assert tree(Path("out")) == []
+
+
+def test_an_adapter_in_place_of_a_model_is_named(lorareg: Lorareg, kitchen: Kitchen) -> None:
+    kitchen.lora("ia3")
+    lorareg("add", "loras")
+    words = ("--base", "./tiny-llama", "--tuned")
+    said = lorareg.fails("dare", *words, "plain", "--out", "out")
+    assert "Error: plain is an adapter in the registry (LORA), and a model is wanted here" in said
+    assert "lorareg merge --base BASE --adapter plain --out FOLDER" in said
+    said = lorareg.fails("extract", *words, "ia3", "--out", "out")
+    assert "ia3 is an adapter in the registry (IA3)" in said
+    assert "such as its base's: tiny-llama" in said
+    assert "is an adapter" not in lorareg.fails("dare", *words, "neither", "--out", "out")
+    shutil.copytree("loras/plain", "more/plain")
+    edit_config(Path("more/plain"), base_model_name_or_path="me/other-1b")
+    lorareg("add", "more")
+    said = lorareg.fails("merge", "--base", "plain", "--adapter", "./loras/plain", "--out", "out")
+    assert "plain is the name of adapters in the registry" in said

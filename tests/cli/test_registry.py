@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lorahub_registry.adapters.kinds import PEFT_TYPES
+from lorahub_registry.adapters.mixlora import KINDS
 from lorahub_registry.adapters.tensors import file_sha256
 from tests.cli.conftest import edit_config, tree
 from tests.hub.made import BASE, adapter, card
@@ -220,6 +222,27 @@ def test_search_narrows(words, found, lorareg, kitchen):
     lorareg("add", "loras")
     done = lorareg("search", *words, "--sort", "name", "-q")
     assert done.lines == found
+
+
+def test_search_names_a_type_that_nothing_has(lorareg, kitchen):
+    lorareg("add", "loras")
+    said = lorareg("search", "--peft-type", "mixlorra").err
+    assert "no adapter here is of type 'mixlorra', did you mean 'MIXLORA'?" in said
+    assert "fill it" not in said
+    # A known one that no adapter has, and a strange one that an adapter does have.
+    assert "fill it" in lorareg("search", "--peft-type", "arrow").err
+    edit_config(kitchen / "loras/wide", peft_type="NEWTUNING")
+    lorareg("add", "loras")
+    assert lorareg("search", "--peft-type", "newtuning", "-q").lines == ["wide"]
+    assert "fill it" in lorareg("search", "--peft-type", "newtuning", "--rank", "999").err
+
+
+def test_all_types_of_peft_are_known():
+    from peft import PeftType
+
+    from lorahub_registry.adapters.dynamic import PEFT_TYPE
+
+    assert {kind.value for kind in PeftType} - {*KINDS, PEFT_TYPE} == set(PEFT_TYPES)
 
 
 def test_search_says_that_there_is_more(lorareg, kitchen):

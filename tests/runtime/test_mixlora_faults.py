@@ -342,3 +342,23 @@ def test_what_jitter_shakes(strategy: str, tmp_path: Path) -> None:
     model = load(checkpoint(tmp_path, strategy, **more))
     quiet = logits(model)
     assert torch.equal(logits(model.train()), quiet) == (strategy == "mixlora-switch")
+
+
+def test_a_config_made_in_memory_names_no_file(tmp_path: Path) -> None:
+    with pytest.raises(BrokenAdapter) as caught:
+        MixLoraConfig(target_modules=["up_proj"], num_experts=0, top_k=2)
+    first, *problems = str(caught.value).splitlines()
+    assert first == "MixLoraConfig: as a MIXLORA adapter it says what cannot be:"
+    assert problems == ["  num_experts is 0, not a whole number from 1 to 4096"]
+    folder = save(tmp_path, make())
+    said = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(said | {"num_experts": 0}))
+    with pytest.raises(BrokenAdapter, match=r"^adapter_config\.json: as a MIXLORA"):
+        MixLoraConfig.from_pretrained(str(folder))
+
+
+def test_it_takes_no_coefficients(tmp_path: Path) -> None:
+    model = load(checkpoint(tmp_path))
+    with pytest.raises(UsageError, match="the router of each layer weighs its experts") as caught:
+        model.coefficients(torch.ones(4))
+    assert "watching" in str(caught.value.hint)

@@ -329,6 +329,10 @@ def test_given_coefficients_take_the_routers_place(mixture: Make) -> None:
         with model.base_model.coefficients(torch.eye(3)[expert]):
             alone = logits(model, IDS[row : row + 1])
         torch.testing.assert_close(chosen[row], alone[0], rtol=1e-5, atol=1e-4)
+    with model.base_model.coefficients([0.0, 1.0, 0.0]):
+        listed = logits(model, IDS[1:2])
+    with model.base_model.coefficients(torch.eye(3)[1]):
+        assert torch.equal(logits(model, IDS[1:2]), listed)
     assert torch.equal(logits(model), own)
 
 
@@ -365,6 +369,10 @@ def test_each_row_has_its_line_in_other_bases_too(mixture: Make, base: str) -> N
         (torch.ones(3, 1, 1), "of shape [3, 1, 1] for 3 experts"),
         (torch.ones(3, dtype=torch.int64), "must be floating point, and these are torch.int64"),
         (torch.tensor([1, torch.nan, 0]), "no finite numbers"),
+        ([1, 0, 0], "must be floating point"),
+        ([1.0, 0.5], "of shape [2] for 3 experts"),
+        (["a", "b", "c"], "coefficients that are no numbers"),
+        (None, "coefficients that are no numbers"),
         (torch.ones(2, 1, 3), "coefficients for 2 rows, and a batch of 3"),
         (torch.ones(1, 1, 3), "coefficients for 1 rows, and a batch of 3"),
         (Coefficients(torch.ones(3, 1, 1), torch.full((3, 1, 1), 3)), "not among 0 to 2"),
@@ -988,3 +996,20 @@ def test_what_is_whole_is_checked_once(mixture):
         assert len(model._forward_pre_hooks) == hooks + 1
         torch.testing.assert_close(model(ids).logits, wanted)
         assert len(model._forward_pre_hooks) == hooks
+
+
+@torch.no_grad()
+def test_prompts_that_do_not_cover_a_batch_are_refused(mixture: Make) -> None:
+    model = mixture("prompt").load()
+    read = torch.ones_like(IDS)
+    with model.base_model.reading(read):
+        expected = logits(model)
+    for wrong in (read[:, :-1], read[:2], read[0], read.tolist()):
+        with (
+            pytest.raises(UsageError, match="reading was given") as caught,
+            model.base_model.reading(wrong),
+        ):
+            logits(model)
+        assert f"give a tensor {list(IDS.shape)}" in str(caught.value.hint)
+    with model.base_model.reading(read[:1]):
+        assert torch.equal(logits(model), expected)
