@@ -21,7 +21,7 @@ def push(
     place: str, repo: str, private: bool, create_pr: bool, message: str | None, dry_run: bool,
     out: Output,
 ) -> None:  # fmt: skip
-    """Publish a mixture, a trained or a converted adapter on the Hub, in one commit.
+    """Publish a mixture or an adapter made here on the Hub, in one commit.
 
     Its weights, card, recipe or factory, lock and results go together or not at all. Refused: a
     local path or a token in any of them, an unknown licence, a branch that moved meanwhile.
