@@ -39,8 +39,8 @@ def check_tensors(folder: Path, said: Mapping[str, Any], results: Mapping[str, A
     elif is_converted(results):
         made, again = "converted", "convert"
     raise BrokenAdapter(
-        f"{folder / WEIGHTS_NAME}: these are not the tensors that were {made}, and the scores in "
-        f"{RESULTS_NAME} are not theirs",
+        f"{folder / WEIGHTS_NAME}: these are not the tensors that were {made}, and what "
+        f"{RESULTS_NAME} says is not of them",
         hint=f"{again} again with --force",
     )
 

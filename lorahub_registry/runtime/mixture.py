@@ -139,7 +139,7 @@ class Experts:
         if kept is None or kept.device != where:
             numbers = [i for i, rank in enumerate(self.ranks) for _ in range(rank)]
             if torch.compiler.is_compiling():  # a constant of the graph, which goes on
-                return torch.tensor(numbers, device=where)
+                return torch.tensor(numbers, dtype=torch.int64, device=where)
             # Made outside inference mode, so that gates can still be trained after an evaluation.
             with torch.inference_mode(False):
                 kept = self._owner = torch.tensor(numbers, dtype=torch.int64, device=where)
